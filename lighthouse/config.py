@@ -1,0 +1,158 @@
+"""The settings of Lighthouse Attention and every rule of valid geometry (method, section 3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from lighthouse.pyramid import level_lengths
+
+Scorer = Literal["norm", "dilated", "gla"]
+Backend = Literal["auto", "torch", "triton"]
+
+#: m, the parents that a tile picks at every level: half by query score, half by key score.
+PARENTS_PER_TILE = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class LighthouseConfig:
+    """How the pyramid is built, scored and selected.
+
+    Names and values that make no sense at any length are refused at construction; ``validate(seq_len)`` applies the
+    geometry rules, each of which has its own ``ValueError`` with the value, the rule and the nearest valid values.
+    """
+
+    num_levels: int = 3
+    """L ≥ 2, the levels of the pyramid, level 0 (the sequence itself) included."""
+
+    pooling_factor: int = 4
+    """p, a power of two ≥ 2: an entry of level ℓ is the mean of p entries of level ℓ − 1."""
+
+    top_k: int = 1536
+    """k, the parents picked at every level above 0, a multiple of 128."""
+
+    scorer: Scorer = "norm"
+    """What ranks the entries: row norms, or norms of a cheap attention's output (``lighthouse.scorers``)."""
+
+    dilation: int = 4
+    """δ ≥ 1, the interleaving of the ``dilated`` and ``gla`` scorers, which must divide the sequence length."""
+
+    cover_start: bool = True
+    """Keep window 0 of every level ≥ 1 a parent, so that every position receives an output (section 3)."""
+
+    backend: Backend = "auto"
+    """``torch``: plain PyTorch; ``triton``: kernels, never with a silent fallback; ``auto``: the best available."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_levels", "pooling_factor", "top_k", "dilation"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"{name}={value!r}: must be an integer")
+        for name, choices in (("scorer", get_args(Scorer)), ("backend", get_args(Backend))):
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, choices))}")
+        if self.dilation < 1:
+            raise ValueError(f"dilation={self.dilation}: must be at least 1; nearest valid value: 1")
+
+    @property
+    def num_tiles(self) -> int:
+        """T = k / m, the equal contiguous tiles that select on their own."""
+        return self.top_k // PARENTS_PER_TILE
+
+    def validate(self, seq_len: int) -> None:
+        """Check that a sequence of ``seq_len`` tokens can be selected from.
+
+        Raises:
+            ValueError: naming the value, the rule it breaks and the nearest valid values.
+        """
+        p, levels, top_k, m = self.pooling_factor, self.num_levels, self.top_k, PARENTS_PER_TILE
+        if levels < 2:
+            raise ValueError(f"num_levels={levels}: the pyramid needs at least 2; nearest valid value: 2")
+        if p < 2 or p & (p - 1):
+            nearest = _either(_powers_of_two_around(p))
+            raise ValueError(f"pooling_factor={p}: must be a power of two ≥ 2; nearest valid values: {nearest}")
+        if top_k < m or top_k % m:
+            nearest = _either({max(m, top_k // m * m), max(m, (top_k // m + 1) * m)})
+            raise ValueError(f"top_k={top_k}: must be a positive multiple of {m}; nearest valid values: {nearest}")
+        if isinstance(seq_len, bool) or not isinstance(seq_len, int) or seq_len < 1:
+            raise ValueError(f"seq_len={seq_len!r}: must be a positive integer")
+
+        lengths = _either(self._seq_lens_around(seq_len))
+        span = p ** (levels - 1)
+        if seq_len % span:
+            raise ValueError(
+                f"seq_len={seq_len}: must be divisible by pooling_factor^(num_levels-1) = {p}^{levels - 1} = {span}; "
+                f"nearest valid values with top_k={top_k}: {lengths}"
+            )
+        coarsest, tiles = seq_len // span, self.num_tiles
+        if coarsest % tiles or coarsest // tiles < m:
+            budgets = _either(_budgets_around(top_k, coarsest))
+            remedy = f"nearest valid top_k: {budgets}; nearest valid seq_len with top_k={top_k}: {lengths}"
+            if coarsest % tiles:
+                raise ValueError(
+                    f"top_k={top_k}, seq_len={seq_len}: the coarsest level's {coarsest} entries must split evenly "
+                    f"into top_k/{m} = {tiles} tiles; {remedy}"
+                )
+            raise ValueError(
+                f"top_k={top_k}, seq_len={seq_len}: each of the {tiles} tiles must hold at least {m} entries of the "
+                f"coarsest level, but {coarsest} entries leave {coarsest // tiles}; {remedy}"
+            )
+        if self.scorer != "norm" and seq_len % self.dilation:
+            nearest = _either(_divisors_around(self.dilation, seq_len))
+            raise ValueError(
+                f"dilation={self.dilation}: must divide seq_len={seq_len} for scorer={self.scorer!r}; "
+                f"nearest valid values: {nearest}"
+            )
+
+    def selected_length(self, seq_len: int) -> int:
+        """S = N/p^(L−1) + (L−1)·p·k, the rows that attention runs on, the same for every head.
+
+        Raises:
+            ValueError: as ``validate``.
+        """
+        self.validate(seq_len)
+        coarsest = level_lengths(seq_len, self.num_levels, self.pooling_factor)[-1]
+        return coarsest + (self.num_levels - 1) * self.pooling_factor * self.top_k
+
+    def resolve_backend(self, device_type: str) -> Literal["torch"]:
+        """The backend that runs on ``device_type``; an explicit request never falls back.
+
+        Raises:
+            ValueError: if the requested backend is not available.
+        """
+        if self.backend == "triton":
+            raise ValueError(
+                f"backend='triton' is not available on {device_type!r} in this version; available: 'torch', 'auto'"
+            )
+        return "torch"
+
+    def _seq_lens_around(self, seq_len: int) -> set[int]:
+        """The valid lengths just below and above ``seq_len``: whole tiles of whole coarsest windows."""
+        step = self.pooling_factor ** (self.num_levels - 1) * self.num_tiles
+        shortest = PARENTS_PER_TILE * step
+        below = seq_len // step * step
+        return {max(shortest, below), max(shortest, below + step)}
+
+
+def _either(values: set[int]) -> str:
+    return " or ".join(map(str, sorted(values))) or "none: the sequence is too short"
+
+
+def _powers_of_two_around(value: int) -> set[int]:
+    if value < 2:
+        return {2}
+    below = 1 << (value.bit_length() - 1)
+    return {below, 2 * below}
+
+
+def _budgets_around(top_k: int, coarsest: int) -> set[int]:
+    """The valid budgets just below and above ``top_k`` for a coarsest level of ``coarsest`` entries."""
+    m = PARENTS_PER_TILE
+    valid = [m * tiles for tiles in range(1, coarsest // m + 1) if coarsest % tiles == 0]
+    return set([k for k in valid if k < top_k][-1:] + [k for k in valid if k > top_k][:1])
+
+
+def _divisors_around(divisor: int, number: int) -> set[int]:
+    valid = [d for d in range(1, number + 1) if number % d == 0]
+    return set([d for d in valid if d < divisor][-1:] + [d for d in valid if d > divisor][:1])

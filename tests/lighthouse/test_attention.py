@@ -1,0 +1,318 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from reference import attend_naively
+from test_selection import GEOMETRIES, entries, make, random_rows
+
+from lighthouse import LighthouseAttention, LighthouseConfig, attend_selected, lighthouse_attention, select
+from lighthouse.attention import pool_and_gather, scatter_back
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def qkv(seq_len, heads=2, groups=None, head_dim=16, batch=1, dtype=torch.float64, device="cpu"):
+    shapes = [(batch, heads, seq_len, head_dim), *[(batch, groups or heads, seq_len, head_dim)] * 2]
+    return [random_rows(*shape, seed=s, dtype=dtype, device=device) for s, shape in enumerate(shapes)]
+
+
+def reference(query, key, value, selection, config):
+    """float64, head by head; each query head uses its group's key/value head and selection."""
+    batch, heads = query.shape[:2]
+    per_group = heads // key.shape[1]
+    return torch.stack(
+        [
+            torch.stack(
+                [
+                    attend_naively(
+                        query[b, h], *(x[b, h // per_group] for x in (key, value)),
+                        entries(selection, b, h // per_group), config.pooling_factor,
+                    )
+                    for h in range(heads)
+                ]
+            )
+            for b in range(batch)
+        ]
+    )  # fmt: skip
+
+
+def run(query, key, value, config, grad, attention=lighthouse_attention):
+    """Output and the three gradients."""
+    leaves = [x.detach().clone().requires_grad_() for x in (query, key, value)]
+    output = attention(*leaves, config)
+    output.backward(grad)
+    return [output.detach(), *(x.grad for x in leaves)]
+
+
+@pytest.mark.parametrize("groups", [None, 1, 2])
+@pytest.mark.parametrize("geometry", GEOMETRIES[:4])
+def test_output_and_gradients_equal_the_definition(geometry, groups, device):
+    config, seq_len = make(*geometry)
+    inputs = qkv(seq_len, heads=4, groups=groups, batch=2 if groups == 2 else 1)
+    grad = random_rows(*inputs[0].shape, seed=9, dtype=torch.float64)
+    selection = select(inputs[0], inputs[1], config)
+    expected = run(*inputs, config, grad, lambda q, k, v, c: reference(q, k, v, selection, c))
+    ours = run(*(x.to(device) for x in inputs), config, grad.to(device))
+    for got, want in zip(ours, expected, strict=True):
+        torch.testing.assert_close(got.cpu(), want, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["norm_n2048_p2_l3_k256", "norm_n4096_p2_l4_k256"])
+def test_golden_files_of_the_authors(name, shared_dir, device):
+    """Selection and order entry for entry; values to float32 rounding.
+
+    The golden outputs and gradients are float32 sums of terms as large as the tensors' largest elements, over at
+    most S rows: both sides err by about sqrt(S) · 2⁻²⁴ of that, plus the softmax's exponentials, hence the 8.
+    """
+    golden = np.load(shared_dir / "golden" / f"{name}.npz")
+    _, pooling_factor, num_levels, top_k, _, _ = (int(x) for x in golden["params"])
+    config = LighthouseConfig(
+        num_levels=num_levels, pooling_factor=pooling_factor, top_k=top_k, cover_start=False, scorer="norm"
+    )
+    query, key, value, grad = (torch.from_numpy(golden[x])[None].to(device) for x in ("q", "k", "v", "grad_out"))
+    selection = select(query, key, config)
+    assert np.array_equal(selection.level[0].cpu().numpy(), golden["level"])
+    assert np.array_equal(selection.index[0].cpu().numpy(), golden["index"])
+    selected = config.selected_length(query.shape[2])
+    for got, name in zip(run(query, key, value, config, grad), ("out", "dq", "dk", "dv"), strict=True):
+        want = torch.from_numpy(golden[name])
+        tolerance = 8 * selected**0.5 * 2**-24 * want.abs().max().item()
+        assert (got[0].cpu() - want).abs().max().item() <= tolerance, name
+
+
+def test_everything_selected_and_attended_as_single_rows_is_dense():
+    """Two levels, every coarse window a parent: all entries are kept. Level 0 alone would then be dense attention,
+    so take the coarse level's share out with keys that no query sees and values that are zero."""
+    config, seq_len = make(256, 2, 2, 128)
+    query, key, value = qkv(seq_len)
+    selection = select(query, key, config)
+    assert selection.entry.shape[-1] == seq_len + seq_len // 2
+
+    def level_0_only(q, k, v):
+        coarse = selection.level[0, 0] > 0
+        bias = torch.zeros(coarse.numel(), coarse.numel(), dtype=q.dtype).masked_fill(coarse[None, :], float("-inf"))
+        causal = torch.ones_like(bias, dtype=torch.bool).tril()
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.masked_fill(~causal, float("-inf")))
+        return out.nan_to_num().masked_fill(coarse[:, None], 0)
+
+    ours = attend_selected(query, key, value, selection, config, attention=level_0_only)
+    torch.testing.assert_close(ours, F.scaled_dot_product_attention(query, key, value, is_causal=True))
+
+
+def test_a_small_budget_differs_from_dense():
+    config, seq_len = make(2048, 3, 4, 128)
+    query, key, value = qkv(seq_len)
+    dense = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    assert (lighthouse_attention(query, key, value, config) - dense).norm() > 0.1 * dense.norm()
+
+
+@pytest.mark.parametrize("position", [0, 1, 511, 512, 1000, 1023])
+def test_causal_given_the_selection(position):
+    config, seq_len = make(1024, 3, 2, 128)
+    inputs = qkv(seq_len)
+    selection = select(inputs[0], inputs[1], config)
+    before = attend_selected(*inputs, selection, config)
+    for changed in range(3):
+        other = [x.clone() for x in inputs]
+        other[changed][:, :, position] += 1.0
+        after = attend_selected(*other, selection, config)
+        assert torch.equal(before[:, :, :position], after[:, :, :position])
+        if changed == 2:
+            assert not torch.equal(before, after)
+
+
+def test_gradients_equal_finite_differences_through_the_fixed_selection():
+    config, seq_len = make(256, 2, 2, 128)
+    query, key, value = (x.requires_grad_() for x in qkv(seq_len, heads=2, groups=1, head_dim=2))
+    selection = select(query, key, config)
+    torch.autograd.gradcheck(
+        lambda *x: attend_selected(*x, selection, config), (query, key, value), fast_mode=True, nondet_tol=0.0
+    )
+
+
+@pytest.mark.parametrize("scorer", ["norm", "dilated", "gla"])
+def test_the_same_inputs_give_the_same_bits(scorer, device):
+    config, seq_len = make(2048, 3, 2, 256, scorer=scorer)
+    inputs = qkv(seq_len, heads=4, groups=2, batch=2, dtype=torch.float32, device=device)
+    grad = random_rows(*inputs[0].shape, seed=9, device=device)
+    first, second = run(*inputs, config, grad), run(*inputs, config, grad)
+    # cuDNN's and Flash's backward are not promised to be deterministic: on a GPU only the forward is compared.
+    for a, b in zip(first[: 1 if device == "cuda" else 4], second, strict=False):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+def test_strided_inputs_equal_contiguous_ones(groups, device):
+    """[B, N, H, D] seen as [B, H, N, D], as attention modules hand it over, and a non-contiguous gradient."""
+    config, seq_len = make(1024, 3, 2, 128)
+    inputs = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv(seq_len, heads=4, groups=groups)]
+    inputs = [x.to(device) for x in inputs]
+    assert not inputs[0].is_contiguous()
+    grad = random_rows(1, seq_len, 4, 16, seed=9, dtype=torch.float64, device=device).transpose(1, 2)
+    strided = run(*inputs, config, grad)
+    contiguous = run(*(x.contiguous() for x in inputs), config, grad.contiguous())
+    for a, b in zip(strided, contiguous, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("scorer", ["norm", "dilated", "gla"])
+def test_grouped_heads_equal_repeated_ones(scorer):
+    """With equal query heads in a group every head selects alike, so grouping must change nothing."""
+    config, seq_len = make(1024, 3, 2, 128, scorer=scorer)
+    query, key, value = qkv(seq_len, heads=2, groups=2)
+    query = query.repeat_interleave(3, dim=1)
+    grouped = lighthouse_attention(query, key, value, config)
+    repeated = lighthouse_attention(query, *(x.repeat_interleave(3, dim=1) for x in (key, value)), config)
+    torch.testing.assert_close(grouped, repeated, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_low_precision_rounds_once(dtype, device):
+    """Gather, scatter and their backwards sum in float32 and round to the dtype at the end: an error of at most half
+    a unit in the last place of the exact result, which float64 gives from the same rounded inputs. The float32 sums
+    themselves err by L + log₂N roundings of 2⁻²⁴ of the terms' sizes."""
+    config, seq_len = make(2048, 4, 2, 256)
+    rows, keys = qkv(seq_len, dtype=dtype, device=device)[:2]
+    selection = select(rows, keys, config)
+    short = random_rows(1, 2, config.selected_length(seq_len), 16, seed=5, dtype=dtype, device=device)
+
+    def both(function, x, grad):
+        x = x.detach().requires_grad_()
+        out = function(x)
+        out.backward(grad.to(out.dtype))
+        return out.detach(), x.grad
+
+    cases = {
+        "gather": (lambda x: pool_and_gather(x, selection, config), rows, short),
+        "scatter": (lambda x: scatter_back(x, selection, seq_len, config), short, rows),
+    }
+    for name, (function, x, grad) in cases.items():
+        exact = both(function, x.double(), grad)
+        size = both(function, x.double().abs(), grad.abs())
+        for got, want, magnitude in zip(both(function, x, grad), exact, size, strict=True):
+            allowed = torch.finfo(dtype).eps / 2 * want.abs() + 16 * 2**-24 * magnitude + torch.finfo(dtype).tiny
+            assert got.dtype == dtype
+            assert ((got.double() - want).abs() <= allowed).all(), name
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_low_precision_is_as_good_as_its_attention(dtype, device):
+    """Against float64 through the same selection: no worse than stock attention in that dtype on the exact gathered
+    rows, plus the two roundings around it (gather and scatter, each half a unit in the last place)."""
+    config, seq_len = make(2048, 3, 2, 256)
+    inputs = qkv(seq_len, head_dim=32, dtype=dtype, device=device)
+    selection = select(inputs[0], inputs[1], config)
+    exact = attend_selected(*(x.double() for x in inputs), selection, config)
+    got = attend_selected(*inputs, selection, config)
+
+    def rounded_attention(*rows):
+        return F.scaled_dot_product_attention(*(x.to(dtype) for x in rows), is_causal=True).double()
+
+    baseline = attend_selected(*(x.double() for x in inputs), selection, config, attention=rounded_attention)
+    budget = (baseline - exact).norm() + 2 * torch.finfo(dtype).eps / 2 * exact.norm()
+    assert (got.double() - exact).norm() <= budget
+
+
+def test_autocast_leaves_scores_alone():
+    config, seq_len = make(1024, 3, 2, 128, scorer="gla")
+    inputs = qkv(seq_len, dtype=torch.float32)
+    expected = select(inputs[0], inputs[1], config, value=inputs[2])
+    with torch.autocast("cpu", torch.bfloat16):
+        got = select(inputs[0], inputs[1], config, value=inputs[2])
+    assert torch.equal(got.entry, expected.entry)
+
+
+@pytest.mark.parametrize("scorer", ["norm", "dilated", "gla"])
+def test_compiles_into_one_graph(scorer, device):
+    config, seq_len = make(1024, 3, 2, 128, scorer=scorer)
+    inputs = qkv(seq_len, heads=4, groups=2, dtype=torch.float32, device=device)
+    grad = random_rows(*inputs[0].shape, seed=9, device=device)
+    compiled = torch.compile(lighthouse_attention, fullgraph=True, backend="aot_eager")
+    for got, want in zip(run(*inputs, config, grad, compiled), run(*inputs, config, grad), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_activation_checkpointing_recomputes_the_same(device):
+    config, seq_len = make(1024, 3, 2, 128)
+    inputs = qkv(seq_len, dtype=torch.float32, device=device)
+    grad = random_rows(*inputs[0].shape, seed=9, device=device)
+
+    def checkpointed(*arguments):
+        return torch.utils.checkpoint.checkpoint(lighthouse_attention, *arguments, use_reentrant=False)
+
+    for got, want in zip(run(*inputs, config, grad, checkpointed), run(*inputs, config, grad), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0 if device == "cpu" else 1e-5)
+
+
+def test_between_forward_and_backward_only_indices_and_gathered_rows_are_kept():
+    """Nothing of length N but the inverse map, once, and what attention itself keeps of the S rows."""
+    config, seq_len = make(4096, 3, 4, 128)
+    inputs = [x.requires_grad_() for x in qkv(seq_len, dtype=torch.float32)]
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        lighthouse_attention(*inputs, config)
+    floating = [x.shape[2] for x in kept.values() if x.is_floating_point()]
+    assert floating and max(floating) == config.selected_length(seq_len) < seq_len
+    assert sorted({x.shape[-1] for x in kept.values() if not x.is_floating_point() and x.dim() == 3}) == [
+        config.selected_length(seq_len),
+        seq_len + seq_len // 4 + seq_len // 16,
+    ]
+
+
+def test_module_has_nothing_to_save():
+    config, seq_len = make(1024, 3, 2, 128)
+    module = LighthouseAttention(config, torch.nn.Identity())
+    assert not module.state_dict() and not list(module.parameters()) and not list(module.buffers())
+    assert copy.deepcopy(module).config == config
+    inputs = qkv(seq_len)
+    torch.testing.assert_close(LighthouseAttention(config)(*inputs), lighthouse_attention(*inputs, config))
+    with pytest.raises(ValueError, match="enable_gqa"):
+        LighthouseAttention(config)(*qkv(seq_len, heads=4, groups=2))
+
+
+def test_the_inner_attention_is_the_one_that_is_given():
+    config, seq_len = make(1024, 3, 2, 128)
+    seen = []
+
+    def spy(query, key, value, **kwargs):
+        seen.append((query.shape, key.shape, kwargs))
+        return torch.zeros_like(query)
+
+    for groups, kwargs in ((4, {}), (2, {"enable_gqa": True})):
+        output = lighthouse_attention(*qkv(seq_len, heads=4, groups=groups), config, attention=spy)
+        assert not output.any()
+        selected = config.selected_length(seq_len)
+        assert seen.pop() == ((1, 4, selected, 16), (1, groups, selected, 16), kwargs)
+
+
+def test_inputs_that_do_not_fit_are_refused():
+    config, seq_len = make(1024, 3, 2, 128)
+    query, key, value = qkv(seq_len)
+    with pytest.raises(ValueError, match=r"value is torch\.float32"):
+        lighthouse_attention(query, key, value.float(), config)
+    with pytest.raises(ValueError, match="floating"):
+        lighthouse_attention(query.long(), key.long(), value.long(), config)
+    with pytest.raises(ValueError, match="seq_len=1001"):
+        lighthouse_attention(query[:, :, :1001], key[:, :, :1001], value[:, :, :1001], config)
+    with pytest.raises(ValueError, match="not available"):
+        lighthouse_attention(query, key, value, LighthouseConfig(top_k=128, pooling_factor=2, backend="triton"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_full_length_on_a_gpu():
+    """98,304 tokens in bfloat16, forward and backward, against the same layer in float32."""
+    config = LighthouseConfig()
+    inputs = qkv(98304, heads=8, head_dim=128, dtype=torch.bfloat16, device="cuda")
+    grad = random_rows(1, 8, 98304, 128, seed=9, dtype=torch.bfloat16, device="cuda")
+    low = run(*inputs, config, grad)
+    exact = run(*(x.float() for x in inputs), config, grad.float())
+    for got, want in zip(low, exact, strict=True):
+        assert (got.float() - want).norm() <= 8 * torch.finfo(torch.bfloat16).eps * want.norm()

@@ -1,0 +1,153 @@
+import pytest
+import torch
+from reference import select_naively
+
+from lighthouse import LighthouseConfig, select
+from lighthouse.pyramid import level_offsets
+
+GEOMETRIES = [
+    # seq_len, num_levels, pooling_factor, top_k
+    (1024, 2, 4, 128),
+    (1024, 3, 2, 128),
+    (2048, 3, 2, 256),
+    (2048, 2, 8, 128),
+    (4096, 4, 2, 256),
+    (4096, 3, 4, 128),
+    (6144, 3, 4, 384),
+    (4096, 6, 2, 128),
+]
+
+
+def make(seq_len, num_levels, pooling_factor, top_k, **more) -> tuple[LighthouseConfig, int]:
+    return LighthouseConfig(num_levels=num_levels, pooling_factor=pooling_factor, top_k=top_k, **more), seq_len
+
+
+def random_rows(*shape, seed=0, dtype=torch.float32, device="cpu"):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(device, dtype)
+
+
+def entries(selection, b, g):
+    return list(zip(selection.level[b, g].tolist(), selection.index[b, g].tolist(), strict=True))
+
+
+@pytest.mark.parametrize("cover_start", [True, False])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_equals_the_definition(geometry, cover_start, device):
+    config, seq_len = make(*geometry, cover_start=cover_start)
+    query, key = random_rows(2, 2, seq_len, 8, device=device), random_rows(2, 2, seq_len, 8, seed=1, device=device)
+    selection = select(query, key, config)
+    for b in range(2):
+        for g in range(2):
+            expected = select_naively(query[b, g].norm(dim=-1).cpu(), key[b, g].norm(dim=-1).cpu(), config)
+            assert entries(selection, b, g) == expected
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_length_order_and_inverse(geometry):
+    config, seq_len = make(*geometry)
+    p, num_levels = config.pooling_factor, config.num_levels
+    selection = select(random_rows(1, 3, seq_len, 4), random_rows(1, 3, seq_len, 4, seed=1), config)
+    assert selection.level.dtype == torch.int8 and selection.index.dtype == torch.int32
+    assert selection.level.shape == selection.index.shape == (1, 3, config.selected_length(seq_len))
+    offsets = level_offsets(seq_len, num_levels, p)
+    for g in range(3):
+        chosen = entries(selection, 0, g)
+        assert len(set(chosen)) == len(chosen)
+        keys = [((i + 1) * p**level - 1, level) for level, i in chosen]
+        assert keys == sorted(keys)
+        place = selection.place[0, g].tolist()
+        assert [place[offsets[level] + i] for level, i in chosen] == list(range(len(chosen)))
+        assert sum(x >= 0 for x in place) == len(chosen)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_cover_start_leaves_no_position_without_an_entry(geometry):
+    seq_len, _, p, _ = geometry
+
+    def fan_in(cover_start):
+        config, _ = make(*geometry, cover_start=cover_start)
+        # Small norms first: without cover_start the first windows lose.
+        ramp = torch.linspace(0.1, 1, seq_len)[None, None, :, None].expand(1, 1, -1, 4)
+        count = torch.zeros(seq_len, dtype=torch.int)
+        for level, i in entries(select(ramp, ramp, config), 0, 0):
+            first = (i + 1) * p**level - 1
+            count[first : first + p**level] += 1
+        return count
+
+    assert fan_in(True).min() >= 1
+    assert fan_in(True).max() <= geometry[1]
+    if seq_len // p ** (geometry[1] - 1) > 128:  # otherwise every coarsest window is a parent anyway
+        assert fan_in(False).min() == 0
+
+
+def test_the_lower_index_wins_among_equals():
+    config, seq_len = make(2048, 3, 2, 256)
+    generator = torch.Generator().manual_seed(0)
+    # Few distinct norms, so that ties decide nearly everything, at every level.
+    levels = torch.randint(1, 4, (2, seq_len, 1), generator=generator).float()
+    query, key = levels[0].expand(1, 1, -1, 4), levels[1].expand(1, 1, -1, 4)
+    expected = select_naively(query[0, 0].norm(dim=-1), key[0, 0].norm(dim=-1), config)
+    assert entries(select(query, key, config), 0, 0) == expected
+    constant = torch.ones(1, 1, seq_len, 4)
+    expected = select_naively(torch.ones(seq_len), torch.ones(seq_len), config)
+    assert entries(select(constant, constant, config), 0, 0) == expected
+
+
+def test_bfloat16_scores_do_not_tie_more_than_their_rows():
+    """Norms are taken in float32: rows that differ in bfloat16 rank as their exact norms do."""
+    config, seq_len = make(4096, 3, 4, 128)
+    query, key = (random_rows(1, 2, seq_len, 64, seed=s, dtype=torch.bfloat16) for s in (0, 1))
+    low, exact = select(query, key, config), select(query.double(), key.double(), config)
+    assert torch.equal(low.entry, exact.entry)
+    assert query.float().norm(dim=-1).unique().numel() > 10 * query.norm(dim=-1).unique().numel()
+
+
+def test_strides_and_repetition_do_not_matter(device):
+    config, seq_len = make(2048, 3, 2, 256)
+    query, key = (random_rows(2, seq_len, 3, 8, seed=s, device=device).transpose(1, 2) for s in (0, 1))
+    first = select(query, key, config)
+    for again in (select(query.contiguous(), key.contiguous(), config), select(query, key, config)):
+        assert torch.equal(first.entry, again.entry) and torch.equal(first.place, again.place)
+
+
+@pytest.mark.parametrize("scorer", ["norm", "dilated", "gla"])
+def test_a_group_scores_by_its_highest_query_head(scorer):
+    """One key/value head with H query heads selects as one head whose scores are the heads' maxima."""
+    from lighthouse.scorers import SCORERS
+
+    config, seq_len = make(1024, 3, 2, 128, scorer=scorer)
+    query = random_rows(2, 6, seq_len, 8)
+    key, value = random_rows(2, 2, seq_len, 8, seed=1), random_rows(2, 2, seq_len, 8, seed=2)
+    grouped = SCORERS[scorer](query, key, value, config)
+    repeated = SCORERS[scorer](query, key.repeat_interleave(3, 1), value.repeat_interleave(3, 1), config)
+    for ours, theirs in zip(grouped, repeated, strict=True):
+        torch.testing.assert_close(ours, theirs.unflatten(1, (2, 3)).amax(2))
+
+
+def test_selection_carries_no_gradient():
+    config, seq_len = make(1024, 3, 2, 128)
+    query = random_rows(1, 1, seq_len, 8).requires_grad_()
+    assert not select(query, query, config).entry.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("query", "key", "expected"),
+    [
+        ((1, 2, 1024), (1, 2, 1024), "batch, heads, seq_len, head_dim"),
+        ((1, 3, 1024, 8), (1, 2, 1024, 8), "must divide"),
+        ((1, 2, 1024, 8), (1, 2, 512, 8), "must agree"),
+        ((1, 2, 1024, 8), (2, 2, 1024, 8), "must agree"),
+    ],
+)
+def test_shapes_that_do_not_fit(query, key, expected):
+    with pytest.raises(ValueError, match=expected):
+        select(torch.ones(query), torch.ones(key), LighthouseConfig(top_k=128, pooling_factor=2))
+
+
+def test_scorers_that_need_the_value_say_so():
+    config, seq_len = make(1024, 3, 2, 128, scorer="dilated")
+    rows = random_rows(1, 1, seq_len, 8)
+    with pytest.raises(ValueError, match="needs the value"):
+        select(rows, rows, config)
+    with pytest.raises(ValueError, match="shape of key"):
+        select(rows, rows, config, value=rows[..., :4])
