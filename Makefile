@@ -1,0 +1,32 @@
+# `make` lists the tasks.
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+help:  ## list the tasks
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+install: $(INSTALLED)  ## install everything, at the tested versions, into .venv
+
+demo: install  ## the two-stage recipe in miniature, on a GPU or on the CPU, beside a dense run
+	DENSE_STEPS=125 scripts/train_two_stage.sh train_configs/debug.toml outputs/demo
+
+test: install  ## run the test suite
+	$(VENV)/bin/python -m pytest
+
+lint: install  ## check style
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+clean:  ## remove what demo wrote
+	rm -rf outputs/demo
+
+.PHONY: help install demo test lint clean

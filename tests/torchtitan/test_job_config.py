@@ -1,0 +1,201 @@
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from torchtitan.config import ConfigManager
+from torchtitan.experiments.lighthouse import lighthouse_args
+from torchtitan.experiments.lighthouse.job_config import parse_layers
+from torchtitan.protocols.train_spec import get_train_spec
+
+from lighthouse import LighthouseAttention
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((REPOSITORY / "train_configs").glob("*.toml"))
+PARAMETERS = {"530m": 530_117_632, "268m": 268_104_704, "debug": 1_361_536, "debug_gqa": 1_263_232}
+
+
+def parse(config: str, *overrides: str):
+    return ConfigManager().parse_args(["--job.config_file", str(REPOSITORY / "train_configs" / config), *overrides])
+
+
+def model_args(job_config):
+    args = get_train_spec(job_config.model.name).model_args[job_config.model.flavor]
+    args.update_from_config(job_config)
+    return args
+
+
+def build_on_meta(job_config):
+    with torch.device("meta"):
+        return get_train_spec(job_config.model.name).model_cls(model_args(job_config))
+
+
+@pytest.mark.parametrize(
+    ("layers", "n_layers", "expected"),
+    [
+        ("2-27", 30, range(2, 28)),
+        ("2--3", 30, range(2, 28)),
+        ("0--1", 6, range(6)),
+        ("3", 6, [3]),
+        ("-1", 6, [5]),
+        ("-2--1", 6, [4, 5]),
+        (" 1 , 3 - 4,3", 6, [1, 3, 4]),
+    ],
+)
+def test_layers(layers, n_layers, expected):
+    assert parse_layers(layers, n_layers) == tuple(expected)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ("2-27", "layer 27 is outside the model, whose 6 layers are 0 to 5 (or -6 to -1 from the end); nearest valid layer: 5"),  # noqa: E501
+        ("-7", "layer -7 is outside the model, whose 6 layers are 0 to 5 (or -6 to -1 from the end); nearest valid layer: -6"),  # noqa: E501
+        ("4-2", "the range '4-2' is empty in a 6-layer model (4 to 2); nearest valid range: '2-4'"),
+        ("", "'' is no layer"),
+        ("2-3,", "'' is no layer"),
+        ("all", "'all' is no layer"),
+        ("1-2-3", "'1-2-3' is no layer"),
+    ],
+)  # fmt: skip
+def test_layers_outside_the_model_or_no_layers_at_all(layers, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        parse_layers(layers, 6)
+    assert f"lighthouse.layers={layers!r}" in str(error.value)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_parses_and_builds(config):
+    job_config = parse(config.name)
+    args = model_args(job_config)
+    model = build_on_meta(job_config)
+    count, flops = args.get_nparams_and_flops(model, job_config.training.seq_len)
+    assert count == PARAMETERS[job_config.model.flavor] and flops > 0
+    # What Stage 2 rests on.
+    checkpoint = job_config.checkpoint
+    assert checkpoint.enable and checkpoint.async_mode == "disabled" and not checkpoint.last_save_model_only
+    assert checkpoint.keep_latest_k == 0 and job_config.job.save_config_file == "config.json"
+    assert job_config.lr_scheduler.total_steps >= job_config.training.steps
+
+
+@pytest.mark.parametrize("flavor", PARAMETERS)
+def test_parameter_counts(flavor):
+    model = build_on_meta(parse("debug.toml", "--model.flavor", flavor, "--lighthouse.no-enable"))
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[flavor]
+
+
+def test_530m_is_the_papers():
+    args = lighthouse_args["530m"]
+    assert (args.dim, args.n_layers, args.n_heads, args.n_kv_heads) == (1024, 30, 8, None)
+    assert (args.vocab_size, args.rope_theta) == (128256, 10000)
+    stage1, dense = parse("530m_stage1.toml"), parse("530m_dense.toml")
+    assert build_on_meta(dense).layers["0"].feed_forward.w1.weight.shape == (1536, 1024)
+    for config, steps in ((stage1, 10_000), (dense, 16_000)):
+        assert (config.training.steps, config.lr_scheduler.total_steps, config.lr_scheduler.warmup_steps) == (
+            steps, 16_000, 2_000,
+        )  # fmt: skip
+        assert config.training.seq_len * config.training.global_batch_size * 16_000 == pytest.approx(50.3e9, rel=1e-3)
+        optimizer = config.optimizer
+        assert (optimizer.name, optimizer.lr, optimizer.beta1, optimizer.beta2) == ("AdamW", 2e-3, 0.9, 0.95)
+        assert (optimizer.eps, optimizer.weight_decay, config.training.max_norm) == (1e-8, 0.1, 1.0)
+        assert config.lr_scheduler.decay_ratio == 0.0 and config.training.dataset == "c4"
+    assert stage1.lighthouse.attention_config().selected_length(98304) == 18432
+    assert not dense.lighthouse.enable
+
+
+def test_layers_2_to_27_and_only_those_are_routed():
+    model = build_on_meta(parse("530m_stage1.toml"))
+    inner = {int(name): layer.attention.inner_attention for name, layer in model.layers.items()}
+    routed = {layer for layer, module in inner.items() if isinstance(module, LighthouseAttention)}
+    assert routed == set(range(2, 28))
+    # Around the very wrapper that dense layers use.
+    assert {type(inner[layer].attention) for layer in routed} == {type(inner[0])}
+
+
+def test_every_field_works_on_the_command_line():
+    values = {
+        "layers": "1,-2", "num_levels": 2, "pooling_factor": 2, "top_k": 256, "scorer": "gla", "dilation": 8,
+        "cover_start": False, "backend": "torch",
+    }  # fmt: skip
+    flags = [
+        word
+        for name, value in values.items()
+        for word in (
+            [f"--lighthouse.{'' if value else 'no-'}{name}"] if isinstance(value, bool)
+            else [f"--lighthouse.{name}={value}"]
+        )
+    ]  # fmt: skip
+    section = parse("debug.toml", *flags, "--lighthouse.enable").lighthouse
+    assert {name: getattr(section, name) for name in values} == values
+    config = section.attention_config()
+    assert {name: getattr(config, name) for name in values if name != "layers"} == {
+        name: value for name, value in values.items() if name != "layers"
+    }
+    assert parse("530m_stage1.toml", "--lighthouse.top_k", "2048").lighthouse.top_k == 2048
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--lighthouse.layers", "2-27"], "layer 27 is outside the model"),
+        (["--lighthouse.top_k", "100"], "top_k=100"),
+        (["--training.seq_len", "4100"], "seq_len=4100"),
+        (["--lighthouse.backend", "triton"], "backend='triton' is not available"),
+        (["--parallelism.context_parallel_degree", "2"], "context_parallel_degree=2: Lighthouse does not run"),
+        (["--parallelism.tensor_parallel_degree", "3"], "tensor_parallel_degree=3: must divide the model's 4"),
+        (
+            ["--model.flavor", "debug_gqa", "--parallelism.tensor_parallel_degree", "4"],
+            "must divide the model's 2 key/value heads; valid values: 1, 2",
+        ),
+        (["--validation.enable", "--validation.seq_len", "1000"], "validation.seq_len: seq_len=1000"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_is_built(overrides, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        model_args(parse("debug.toml", *overrides))
+
+
+def test_dense_runs_are_not_bound_by_the_geometry():
+    args = model_args(parse("debug.toml", "--lighthouse.no-enable", "--training.seq_len", "1000"))
+    assert args.lighthouse is None and args.lighthouse_layers == ()
+
+
+def test_a_missing_section_is_named():
+    from torchtitan.config import JobConfig
+
+    with pytest.raises(ValueError, match="custom_config_module"):
+        lighthouse_args["debug"].update_from_config(JobConfig())
+
+
+def test_flops_count_what_each_layer_attends():
+    """MFU per layer: a Lighthouse layer pays S² / N per token where a dense one pays N."""
+
+    def flops(*overrides):
+        config = parse("530m_stage1.toml", *overrides)
+        return model_args(config).get_nparams_and_flops(build_on_meta(config), 98304)[1]
+
+    dense, stage1 = flops("--lighthouse.no-enable"), flops()
+    per_key = 6 * 8 * 256  # heads, and query-key plus value dimensions
+    assert dense - stage1 == round(26 * per_key * (98304 - 18432**2 / 98304))
+    assert flops("--lighthouse.layers", "5") - stage1 == round(25 * per_key * (98304 - 18432**2 / 98304))
+    dilated = flops("--lighthouse.scorer", "dilated")
+    assert dilated - stage1 == 26 * 4 * 8 * 256 * 98304 // 4  # two forward passes over N/δ keys
+    assert stage1 < flops("--lighthouse.scorer", "gla") < dilated < dense
+
+
+def test_upstreams_own_entry_point_finds_everything_through_the_config(tmp_path):
+    """What `-m torchtitan.train` does with the file before it needs a GPU; benchmarks/reports has such a run on one."""
+    code = f"""
+        import importlib, sys
+        from torchtitan.config import ConfigManager
+        from torchtitan.protocols.train_spec import get_train_spec
+        config = ConfigManager().parse_args(["--job.config_file", {str(REPOSITORY / "train_configs/debug.toml")!r}])
+        importlib.import_module(config.experimental.custom_import)
+        assert get_train_spec(config.model.name).model_cls.__name__ == "LighthouseTransformer"
+        assert config.lighthouse.enable
+        assert "torchtitan.experiments.lighthouse.train" not in sys.modules
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, check=True)

@@ -1,0 +1,56 @@
+"""Lighthouse Attention as a torchtitan model, registered under the name ``lighthouse``.
+
+Loaded by ``experimental.custom_import = "torchtitan.experiments.lighthouse"``.
+"""
+
+from torchtitan.components.loss import build_cross_entropy_loss
+from torchtitan.components.lr_scheduler import build_lr_schedulers
+from torchtitan.components.optimizer import build_optimizers
+from torchtitan.components.validate import build_validator
+from torchtitan.distributed.pipeline_parallel import pipeline_llm
+from torchtitan.experiments.lighthouse.infra.parallelize import parallelize_lighthouse
+from torchtitan.experiments.lighthouse.metrics import build_metrics_processor
+from torchtitan.experiments.lighthouse.model.args import LighthouseModelArgs
+from torchtitan.experiments.lighthouse.model.model import LighthouseTransformer
+from torchtitan.experiments.lighthouse.text_datasets import register_datasets
+from torchtitan.experiments.lighthouse.tokenizer import build_tokenizer
+from torchtitan.hf_datasets.text_datasets import build_text_dataloader
+from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
+from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
+
+__all__ = ["LighthouseModelArgs", "LighthouseTransformer", "lighthouse_args", "parallelize_lighthouse"]
+
+#: The byte tokenizer's 258 tokens, rounded up for the matrix units and for tensor parallelism.
+BYTE_VOCAB_SIZE = 320
+
+# An FFN width of 1536 is 9/16 of the 8/3·dim that Llama starts from.
+_BODY_530M = {"dim": 1024, "n_layers": 30, "n_heads": 8, "ffn_dim_multiplier": 9 / 16, "multiple_of": 256}
+_BODY_DEBUG = {"dim": 128, "n_layers": 6, "n_heads": 4, "multiple_of": 64}
+
+lighthouse_args = {
+    "530m": LighthouseModelArgs(**_BODY_530M, vocab_size=128256),
+    "268m": LighthouseModelArgs(**_BODY_530M, vocab_size=BYTE_VOCAB_SIZE),
+    "debug": LighthouseModelArgs(**_BODY_DEBUG, vocab_size=BYTE_VOCAB_SIZE),
+    "debug_gqa": LighthouseModelArgs(**_BODY_DEBUG, n_kv_heads=2, vocab_size=BYTE_VOCAB_SIZE),
+}
+
+
+def get_train_spec() -> TrainSpec:
+    return TrainSpec(
+        model_cls=LighthouseTransformer,
+        model_args=lighthouse_args,
+        parallelize_fn=parallelize_lighthouse,
+        pipelining_fn=pipeline_llm,
+        build_optimizers_fn=build_optimizers,
+        build_lr_schedulers_fn=build_lr_schedulers,
+        build_dataloader_fn=build_text_dataloader,
+        build_tokenizer_fn=build_tokenizer,
+        build_loss_fn=build_cross_entropy_loss,
+        build_validator_fn=build_validator,
+        build_metrics_processor_fn=build_metrics_processor,
+        state_dict_adapter=Llama3StateDictAdapter,
+    )
+
+
+register_train_spec("lighthouse", get_train_spec())
+register_datasets()

@@ -1,0 +1,129 @@
+"""The ``[lighthouse]`` section, and safer defaults for two of upstream's settings.
+
+Loaded through ``job.custom_config_module``; torchtitan merges these dataclasses into its own, field by field.
+"""
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torchtitan.config import job_config as upstream
+from torchtitan.experiments.lighthouse.tokenizer import BYTE_TOKENIZER_PATH
+
+from lighthouse import LighthouseConfig
+
+
+@dataclass
+class Lighthouse:
+    enable: bool = False
+    """Whether the layers below run Lighthouse Attention; off, every layer is upstream's dense one"""
+
+    layers: str = "2-27"
+    """
+    The layers that run Lighthouse: comma-separated layers and inclusive ranges; negative numbers count from the end.
+    "2-27" and "2--3" are the same in a 30-layer model. All others stay dense.
+    """
+
+    num_levels: int = 3
+    """L, the levels of the pyramid, the sequence itself included"""
+
+    pooling_factor: int = 4
+    """p, how many entries of one level are averaged into one entry of the next; a power of two"""
+
+    top_k: int = 1536
+    """k, how many entries of every level are expanded into their children; a multiple of 128"""
+
+    scorer: Literal["norm", "dilated", "gla"] = "norm"
+    """What ranks the entries: norms of queries and keys, or output norms of dilated softmax or linear attention"""
+
+    dilation: int = 4
+    """The dilation of the "dilated" and "gla" scorers; must divide training.seq_len"""
+
+    cover_start: bool = True
+    """Keep the first window of every level, so that every position receives an output"""
+
+    backend: Literal["auto", "torch", "triton"] = "auto"
+    """Which implementation runs; an explicit choice never falls back to another"""
+
+    stage1_checkpoint: str = ""
+    """The Stage 1 checkpoint that this dense run resumes; written by scripts/resume_dense.py, not by hand"""
+
+    def attention_config(self) -> LighthouseConfig:
+        """The library's settings.
+
+        Raises:
+            ValueError: for names and values that are wrong at any sequence length.
+        """
+        return LighthouseConfig(
+            num_levels=self.num_levels,
+            pooling_factor=self.pooling_factor,
+            top_k=self.top_k,
+            scorer=self.scorer,
+            dilation=self.dilation,
+            cover_start=self.cover_start,
+            backend=self.backend,
+        )
+
+
+def parse_layers(layers: str, n_layers: int) -> tuple[int, ...]:
+    """The layer numbers that ``layers`` names in a model of ``n_layers``, ascending.
+
+    Raises:
+        ValueError: for text that is no list of layers, an empty range, or a layer outside the model.
+    """
+    chosen: set[int] = set()
+    last = n_layers - 1
+    for part in layers.split(","):
+        match = re.fullmatch(r"\s*(-?\d+)\s*(?:-\s*(-?\d+)\s*)?", part)
+        if match is None:
+            raise ValueError(
+                f"lighthouse.layers={layers!r}: {part.strip()!r} is no layer and no range such as '2-27' or '2--3'"
+            )
+        ends = [int(end) for end in match.groups() if end is not None]
+        for end in ends:
+            if not -n_layers <= end <= last:
+                nearest = last if end > last else -n_layers
+                raise ValueError(
+                    f"lighthouse.layers={layers!r}: layer {end} is outside the model, whose {n_layers} layers are "
+                    f"0 to {last} (or -{n_layers} to -1 from the end); nearest valid layer: {nearest}"
+                )
+        first, final = (ends[0] % n_layers, ends[-1] % n_layers)
+        if first > final:
+            raise ValueError(
+                f"lighthouse.layers={layers!r}: the range {part.strip()!r} is empty in a {n_layers}-layer model "
+                f"({first} to {final}); nearest valid range: '{final}-{first}'"
+            )
+        chosen.update(range(first, final + 1))
+    return tuple(sorted(chosen))
+
+
+@dataclass
+class Job(upstream.Job):
+    save_config_file: str | None = "config.json"
+    """Where the merged settings are kept in the dump folder; scripts/resume_dense.py reads them from there"""
+
+
+@dataclass
+class Model(upstream.Model):
+    name: str = "lighthouse"
+    """Which model to train"""
+
+    hf_assets_path: str = BYTE_TOKENIZER_PATH
+    """Folder of the tokenizer; by default the byte-level one that ships with Lighthouse"""
+
+
+@dataclass
+class Checkpoint(upstream.Checkpoint):
+    last_save_model_only: bool = False
+    """Stage 2 needs the last checkpoint whole; upstream's default would drop the optimizer from it"""
+
+    keep_latest_k: int = 0
+    """Upstream's purge counts unfinished checkpoints too and could delete the last good one; 0 keeps all"""
+
+
+@dataclass
+class JobConfig:
+    job: Job = field(default_factory=Job)
+    model: Model = field(default_factory=Model)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    lighthouse: Lighthouse = field(default_factory=Lighthouse)

@@ -1,0 +1,105 @@
+"""``metrics.jsonl`` in the dump folder: one line a logged step, beside upstream's console, TensorBoard and W&B."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchtitan.components.metrics import BaseLogger, LoggerContainer, MetricsProcessor, _get_metrics_rank
+from torchtitan.config import JobConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.protocols.model import BaseModelArgs
+
+METRICS_FILE = "metrics.jsonl"
+
+#: Upstream's metric names, and ours in the file.
+_TRAIN_FIELDS = {
+    "loss_metrics/global_avg_loss": "loss",
+    "lr": "lr",
+    "grad_norm": "grad_norm",
+    "n_tokens_seen": "tokens_seen",
+    "throughput(tps)": "tokens_per_second",
+    "mfu(%)": "mfu_percent",
+    "memory/max_active(GiB)": "memory_active_gib",
+    "memory/max_reserved(GiB)": "memory_gib",
+}
+_VALIDATION_FIELDS = {
+    "validation_metrics/loss": "validation_loss",
+    "validation_metrics/throughput(tps)": "tokens_per_second",
+    "validation_metrics/memory/max_reserved(GiB)": "memory_gib",
+}
+
+
+def stage_of(job_config: JobConfig) -> str:
+    """``stage1`` (Lighthouse), ``stage2`` (dense, resumed from a Stage 1 checkpoint) or ``dense`` (from scratch)."""
+    section = job_config.lighthouse
+    if section.enable:
+        return "stage1"
+    return "stage2" if section.stage1_checkpoint else "dense"
+
+
+class JsonlLogger(BaseLogger):
+    """Appends to ``metrics.jsonl``; a resumed run goes on in the same file.
+
+    A line holds step, stage, loss, lr, grad_norm, tokens_seen (all ranks), tokens_per_second (per device),
+    mfu_percent, memory_gib (peak reserved since the last line), memory_active_gib, time (Unix seconds) and
+    wall_clock_s (seconds this run has been up, over all its starts). Validation writes lines of its own, with
+    validation_loss. After a crash the steps since the last checkpoint are logged again: ``read_metrics`` keeps the
+    later line.
+    """
+
+    def __init__(self, path: Path, stage: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        earlier = read_metrics(path) if path.exists() else []
+        self._stage = stage
+        self._started = time.time() - max((record["wall_clock_s"] for record in earlier), default=0.0)
+        self._file = path.open("a+", encoding="utf-8")
+        if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+            self._file.write("\n")  # the last start was killed while it wrote
+
+    def log(self, metrics: dict[str, Any], step: int) -> None:
+        fields = _VALIDATION_FIELDS if "validation_metrics/loss" in metrics else _TRAIN_FIELDS
+        record = {"step": step, "stage": self._stage}
+        record |= {name: metrics[key] for key, name in fields.items() if key in metrics}
+        now = time.time()
+        record |= {"time": round(now, 3), "wall_clock_s": round(now - self._started, 3)}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a ``metrics.jsonl`` in step order, the later of a step logged twice; torn lines are skipped.
+
+    Training and validation records of one step stay apart: the former have ``loss``, the latter ``validation_loss``.
+    """
+    records: dict[tuple[int, bool], dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+            records[record["step"], "validation_loss" in record] = record
+        except (ValueError, TypeError, KeyError):
+            continue
+    return [records[key] for key in sorted(records)]
+
+
+class LighthouseMetricsProcessor(MetricsProcessor):
+    def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims, tag: str | None = None) -> None:
+        super().__init__(job_config, parallel_dims, tag)
+        if torch.distributed.get_rank() == _get_metrics_rank(parallel_dims, job_config):
+            loggers = LoggerContainer()
+            loggers.add_logger(self.logger)
+            loggers.add_logger(
+                JsonlLogger(Path(os.path.join(job_config.job.dump_folder, METRICS_FILE)), stage_of(job_config))
+            )
+            self.logger = loggers
+
+
+def build_metrics_processor(
+    job_config: JobConfig, parallel_dims: ParallelDims, model_args: BaseModelArgs | None = None, tag: str | None = None
+) -> MetricsProcessor:
+    return LighthouseMetricsProcessor(job_config, parallel_dims, tag)

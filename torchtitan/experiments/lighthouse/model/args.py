@@ -1,0 +1,89 @@
+"""Llama 3 arguments plus the layers that run Lighthouse."""
+
+from dataclasses import dataclass
+
+from torch import nn
+from torchtitan.config import JobConfig
+from torchtitan.experiments.lighthouse.job_config import parse_layers
+from torchtitan.models.llama3 import TransformerModelArgs
+from torchtitan.models.utils import get_dense_model_nparams_and_flops
+from torchtitan.tools.utils import device_type
+
+from lighthouse import LighthouseConfig
+
+
+@dataclass
+class LighthouseModelArgs(TransformerModelArgs):
+    lighthouse: LighthouseConfig | None = None
+    """Set from the [lighthouse] section where that is enabled; None is upstream's dense model"""
+
+    lighthouse_layers: tuple[int, ...] = ()
+    """The layers that run Lighthouse, ascending"""
+
+    def update_from_config(self, job_config: JobConfig, **kwargs) -> None:
+        """Take the sequence length and the [lighthouse] section, refusing what cannot run before anything is built.
+
+        Raises:
+            ValueError: for a missing section, an invalid geometry, a layer outside the model, a backend that is not
+                available, context parallelism, or tensor parallelism that splits a head.
+        """
+        super().update_from_config(job_config, **kwargs)
+        section = getattr(job_config, "lighthouse", None)
+        if section is None:
+            raise ValueError(
+                "the configuration has no [lighthouse] section: set custom_config_module = "
+                '"torchtitan.experiments.lighthouse.job_config" under [job]'
+            )
+        self.lighthouse, self.lighthouse_layers = None, ()
+        if not section.enable:
+            return
+
+        seq_len, parallelism = job_config.training.seq_len, job_config.parallelism
+        if parallelism.context_parallel_degree > 1:
+            raise ValueError(
+                f"parallelism.context_parallel_degree={parallelism.context_parallel_degree}: Lighthouse does not run "
+                "under context parallelism yet; nearest valid value: 1 (or lighthouse.enable=false)"
+            )
+        kv_heads = self.n_kv_heads or self.n_heads
+        if kv_heads % parallelism.tensor_parallel_degree:
+            valid = [d for d in range(1, kv_heads + 1) if kv_heads % d == 0]
+            raise ValueError(
+                f"parallelism.tensor_parallel_degree={parallelism.tensor_parallel_degree}: must divide the model's "
+                f"{kv_heads} key/value heads; valid values: {', '.join(map(str, valid))}"
+            )
+        config = section.attention_config()
+        config.resolve_backend(device_type)
+        config.validate(seq_len)
+        if job_config.validation.enable and job_config.validation.seq_len != seq_len:
+            try:
+                config.validate(job_config.validation.seq_len)
+            except ValueError as error:
+                raise ValueError(f"validation.seq_len: {error}") from error
+        self.lighthouse_layers = parse_layers(section.layers, self.n_layers)
+        self.lighthouse = config
+
+    def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
+        """Parameters, and floating-point operations per token (forward and backward, matrix products only).
+
+        Upstream's figure counts N keys per query in every layer. A Lighthouse layer runs its S queries on S keys:
+        S²/N per token of the sequence. Scorers that run an attention of their own add its forward.
+        """
+        head_dims = 2 * (self.dim // self.n_heads)
+        nparams, flops = get_dense_model_nparams_and_flops(self, model, head_dims, seq_len)
+        if self.lighthouse is not None:
+            attention = self.n_heads * head_dims
+            dense = 6 * attention * seq_len
+            selected = 6 * attention * self.lighthouse.selected_length(seq_len) ** 2 / seq_len
+            scored = 2 * 2 * attention * self._scorer_keys(seq_len)  # two forward passes, two operations a product
+            flops += len(self.lighthouse_layers) * round(selected + scored - dense)
+        return nparams, flops
+
+    def _scorer_keys(self, seq_len: int) -> int:
+        """Keys (or, for linear attention, state rows) that the scorer's attention reads per query."""
+        match self.lighthouse.scorer:
+            case "dilated":
+                return seq_len // self.lighthouse.dilation
+            case "gla":
+                return self.dim // self.n_heads
+            case _:
+                return 0

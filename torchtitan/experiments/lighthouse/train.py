@@ -1,0 +1,115 @@
+"""The Lighthouse trainer: ``torchrun … -m torchtitan.experiments.lighthouse.train --job.config_file FILE.toml``.
+
+Upstream's trainer, which also runs on CPU, stops before a step that would spoil the weights, and says where a run
+comes from when it resumes. Every setting of the file can be given on the command line too (``--help`` lists them).
+"""
+
+# ruff: noqa: E402
+from torchtitan.experiments.lighthouse.cpu import use_cpu_without_accelerator
+
+use_cpu_without_accelerator()
+
+import math
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torchtitan.train as upstream
+from torch import Tensor
+from torchtitan.config import JobConfig
+from torchtitan.distributed import utils as dist_utils
+from torchtitan.experiments.lighthouse.metrics import stage_of
+from torchtitan.tools.logging import logger
+
+
+class LighthouseTrainer(upstream.Trainer):
+    def __init__(self, job_config: JobConfig) -> None:
+        self._losses: list[Tensor] = []
+        self._resumed_lr: float | None = None
+        super().__init__(job_config)
+        self.optimizers.register_step_pre_hook(self._stop_on_nonfinite)
+
+    def forward_backward_step(self, **kwargs: Any) -> Tensor:
+        loss = super().forward_backward_step(**kwargs)
+        self._losses.append(loss.detach())
+        return loss
+
+    def _stop_on_nonfinite(self, *_: Any) -> None:
+        """Before the optimizer touches the weights, and so before any save: refuse a NaN or infinite loss or gradient.
+
+        Upstream has clipped by then. A non-finite norm is still seen: clipping multiplies every gradient by
+        max_norm/norm, which leaves NaN wherever the norm came from.
+        """
+        loss = torch.stack(self._losses).sum()
+        self._losses.clear()
+        if self.parallel_dims.dp_cp_enabled:
+            loss = dist_utils.dist_sum(loss, self.parallel_dims.get_optional_mesh("loss"))
+        parameters = [p for part in self.model_parts for p in part.parameters()]
+        norm = dist_utils.clip_grad_norm_(
+            parameters, math.inf, foreach=True, pp_mesh=self.parallel_dims.get_optional_mesh("pp")
+        )
+        loss, norm = float(loss), float(norm)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise FloatingPointError(
+                f"step {self.step}: loss {loss}, gradient norm {norm}: must be finite. Stopped before the optimizer "
+                f"step; nothing was saved after step {self.step - 1}. The same command resumes from the last "
+                f"checkpoint in {self._checkpoint_folder()}; a lower optimizer.lr or a longer "
+                "lr_scheduler.warmup_steps is the usual remedy."
+            )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        logger.info(f"Resuming after step {self.step}")
+
+    def batch_generator(self, data_iterable: Iterable) -> Any:
+        # Upstream asks for the batches right after it has loaded a checkpoint, or has not.
+        self._announce_start()
+        return super().batch_generator(data_iterable)
+
+    def _announce_start(self) -> None:
+        stage, config = stage_of(self.job_config), self.job_config
+        n_layers = self.model_args.n_layers
+        if stage == "stage1":
+            layers = self.model_args.lighthouse_layers
+            selected = self.model_args.lighthouse.selected_length(config.training.seq_len)
+            logger.info(
+                f"Lighthouse in {len(layers)} of {n_layers} layers ({config.lighthouse.layers}), "
+                f"{selected:,} of {config.training.seq_len:,} rows a sequence: {self.model_args.lighthouse}"
+            )
+        else:
+            logger.info(f"dense in all {n_layers} layers")
+        if self.step == 0:
+            self._refuse_unloaded_stage2(stage)
+            return
+        tokens = torch.tensor(self.ntokens_seen, dtype=torch.int64, device=self.device)
+        if self.parallel_dims.dp_cp_enabled:
+            tokens = dist_utils.dist_sum(tokens, self.parallel_dims.get_optional_mesh("loss"))
+        scheduler = self.lr_schedulers.schedulers[0]
+        saved, base, schedule = scheduler.get_last_lr()[0], scheduler.base_lrs[0], scheduler.lr_lambdas[0]
+        scheduled = base * schedule(scheduler.last_epoch)
+        logger.info(
+            f"{stage} starts after step {self.step:,}, {int(tokens):,} tokens seen; "
+            f"learning rate {saved:.4e} before (in the checkpoint), {scheduled:.4e} after (by this schedule)"
+        )
+        if stage == "stage2":
+            logger.info(f"Stage 1 checkpoint: {config.lighthouse.stage1_checkpoint}")
+        if not math.isclose(saved, scheduled, rel_tol=1e-6):
+            logger.warning(
+                "The learning rate jumps here: optimizer.lr or [lr_scheduler] differ from those of the checkpoint."
+            )
+
+    def _refuse_unloaded_stage2(self, stage: str) -> None:
+        if stage == "stage2":
+            raise RuntimeError(
+                f"Stage 2 loaded no checkpoint: {self._checkpoint_folder()} exists but holds no complete one, so "
+                f"{self.job_config.lighthouse.stage1_checkpoint} was not read and training would start from random "
+                "weights. Start Stage 2 with scripts/resume_dense.py, which sets the unfinished folder aside."
+            )
+
+    def _checkpoint_folder(self) -> str:
+        return os.path.join(self.job_config.job.dump_folder, self.job_config.checkpoint.folder)
+
+
+if __name__ == "__main__":
+    upstream.main(LighthouseTrainer)
