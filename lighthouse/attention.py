@@ -170,7 +170,8 @@ class _ScatterBack(torch.autograd.Function):
             source = place[..., offset + index.clamp(min=0)].where(index >= 0, -1)
             taken = _take_or_zero(rows, source)
             total = taken if total is None else total + taken
-        return total.to(rows.dtype)
+        # Not a bare cast: torch 2.11 compiles a result that is a no-op ``to`` into a gradient of zero.
+        return total if total.dtype == rows.dtype else total.to(rows.dtype)
 
     @staticmethod
     @once_differentiable

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import matplotlib
@@ -20,7 +20,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from torchtitan.experiments.lighthouse.metrics import METRICS_FILE, read_metrics
 
-#: Losses are noisy: "at the end" is a mean over so many logged steps, and so is the smoothed curve.
+#: Losses are noisy: "at the end" is a mean over a tenth of the logged steps, at most so many, as is the smooth curve.
 WINDOW = 10
 
 
@@ -44,12 +44,18 @@ class Experiment:
 
     @property
     def final_loss(self) -> float:
-        return fmean(self.losses[-WINDOW:])
+        return self.smooth_losses[-1]
+
+    @property
+    def smooth_losses(self) -> list[float]:
+        """Means over the last few logged steps; shorter runs, which still fall steeply, are smoothed less."""
+        window = max(1, min(WINDOW, len(self.records) // 10))
+        return [fmean(self.losses[max(0, i + 1 - window) : i + 1]) for i in range(len(self.records))]
 
     @property
     def tokens_per_second(self) -> float:
-        """Per device, without each start's first logged step, which pays for compilation and first allocations."""
-        return fmean(record["tokens_per_second"] for record in self.records[1:] or self.records)
+        """Median per device, so that compilation, validation and checkpoints do not count."""
+        return median(record["tokens_per_second"] for record in self.records)
 
 
 def load_experiments(runs: list[Path]) -> list[Experiment]:
@@ -79,7 +85,7 @@ def load_experiments(runs: list[Path]) -> list[Experiment]:
 
 
 def summary(experiments: list[Experiment]) -> str:
-    """The table: losses are means over the last ``WINDOW`` logged steps, in nats per token."""
+    """The table; losses in nats per token, smoothed."""
     rows = [("run", "steps", "loss", "tokens/s/device")]
     for experiment in experiments:
         stage1, stage2 = experiment.stage("stage1"), experiment.stage("stage2")
@@ -114,25 +120,25 @@ def draw(experiments: list[Experiment], path: Path) -> None:
     for number, experiment in enumerate(experiments):
         color = f"C{number}"
         axes.plot(experiment.steps, experiment.losses, color=color, alpha=0.3, linewidth=0.8)
-        smooth = [fmean(experiment.losses[max(0, i + 1 - WINDOW) : i + 1]) for i in range(len(experiment.losses))]
-        switch = next((i for i, r in enumerate(experiment.records) if r["stage"] == "stage2"), None)
-        if switch is not None:
-            # The mean must not blur the two stages into each other.
-            after = experiment.losses[switch:]
-            smooth[switch:] = [fmean(after[max(0, i + 1 - WINDOW) : i + 1]) for i in range(len(after))]
-            axes.axvline(experiment.steps[switch] - 0.5, color=color, linestyle=":", linewidth=1)
+        # Stage by stage: a mean across the switch would blur it.
+        parts = [part for stage in ("dense", "stage1", "stage2") if (part := experiment.stage(stage)).records]
+        steps = [step for part in parts for step in part.steps]
+        smooth = [loss for part in parts for loss in part.smooth_losses]
+        axes.plot(steps, smooth, color=color, linewidth=1.6, label=experiment.name)
+        if parts[-1].name == "stage2":
+            switch = parts[-1].steps[0] - 0.5
+            axes.axvline(switch, color=color, linestyle=":", linewidth=1)
             axes.annotate(
                 "switch to dense",
-                (experiment.steps[switch], 1),
+                (switch, 1),
                 xycoords=("data", "axes fraction"),
                 xytext=(4, -12),
                 textcoords="offset points",
                 color=color,
                 fontsize=8,
             )
-        axes.plot(experiment.steps, smooth, color=color, linewidth=1.6, label=experiment.name)
     axes.set(xlabel="step", ylabel="loss (nats per token)")
-    axes.set_title(f"Training loss, and its mean over {WINDOW} logged steps", fontsize=10)
+    axes.set_title("Training loss, raw and smoothed", fontsize=10)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     figure.savefig(path)
