@@ -1,13 +1,12 @@
 """Lighthouse Attention: select, gather, attend, scatter back (Peng, Ghosh, Quesnelle, arXiv 2605.06554).
 
-``lighthouse_attention`` reads like the algorithm. Below it stand the two stages that move rows, each with its
-backward: neither needs atomics, because with the selection's inverse map both directions are gathers. Sums over
-levels accumulate in float32 (float64 for float64 inputs) and are rounded once.
+``lighthouse_attention`` reads like the algorithm. Below it stand the two stages that move rows, with their backwards.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,8 +16,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lighthouse.config import LighthouseConfig
-from lighthouse.pyramid import accumulation_dtype, level_lengths, level_offsets, pool_rows
-from lighthouse.selection import Selection, check_shapes, select
+from lighthouse.rows import pool_rows, spread_rows
+from lighthouse.selection import Selection, check_shapes, kernels, select
 
 #: Causal attention over [B, H, S, D] and [B, G, S, D]; called with ``enable_gqa=True`` where G < H.
 InnerAttention = Callable[..., Tensor]
@@ -116,11 +115,14 @@ def pool_and_gather(rows: Tensor, selection: Selection, config: LighthouseConfig
     Returns:
         [B, H, S, D] in the dtype of ``rows``.
     """
-    return _PoolAndGather.apply(rows, selection.entry, selection.place, config.num_levels, config.pooling_factor)
+    mover = RowMover.of(config, rows, rows.shape[2], shift=0, mean=True)
+    return _PoolRows.apply(rows, selection.entry, selection.place, mover)
 
 
 def scatter_back(rows: Tensor, selection: Selection, seq_len: int, config: LighthouseConfig) -> Tensor:
     """Hand every entry's output to the p^ℓ positions from its last covered one on, adding levels up (section 5).
+
+    Seen from the other side: position t takes from each level the one entry ⌊(t+1)/p^ℓ⌋ − 1, if it is selected.
 
     Args:
         rows: [B, H, S, D], the attention's output in sequence order.
@@ -128,78 +130,64 @@ def scatter_back(rows: Tensor, selection: Selection, seq_len: int, config: Light
     Returns:
         [B, H, N, D] in the dtype of ``rows``.
     """
-    return _ScatterBack.apply(rows, selection.entry, selection.place, seq_len, config.num_levels, config.pooling_factor)
+    mover = RowMover.of(config, rows, seq_len, shift=1, mean=False)
+    return _SpreadRows.apply(rows, selection.entry, selection.place, mover)
 
 
-class _PoolAndGather(torch.autograd.Function):
+@dataclass(frozen=True)
+class RowMover:
+    """Rows between the sequence and the selected entries, by either backend (``lighthouse.rows`` says how)."""
+
+    backend: str
+    seq_len: int
+    num_levels: int
+    factor: int
+    shift: int
+    mean: bool
+
+    @classmethod
+    def of(cls, config: LighthouseConfig, rows: Tensor, seq_len: int, *, shift: int, mean: bool) -> RowMover:
+        backend = config.resolve_backend(rows.device.type)
+        return cls(backend, seq_len, config.num_levels, config.pooling_factor, shift, mean)
+
+    def pool(self, rows: Tensor, entry: Tensor, place: Tensor) -> Tensor:
+        """[B, H, N, D] to [B, H, S, D]."""
+        how = (self.num_levels, self.factor, self.shift, self.mean)
+        if self.backend == "triton":
+            return kernels().pool_rows(rows, place, entry.shape[-1], *how)
+        return pool_rows(rows, entry, *how)
+
+    def spread(self, rows: Tensor, place: Tensor) -> Tensor:
+        """[B, H, S, D] to [B, H, N, D]: the transpose of ``pool``."""
+        how = (self.num_levels, self.factor, self.shift, self.mean)
+        move = kernels().spread_rows if self.backend == "triton" else spread_rows
+        return move(rows, place, self.seq_len, *how)
+
+
+class _PoolRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, entry: Tensor, place: Tensor, num_levels: int, factor: int) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, entry: Tensor, place: Tensor, mover: RowMover) -> Tensor:
         ctx.save_for_backward(place)
-        ctx.seq_len, ctx.num_levels, ctx.factor = rows.shape[2], num_levels, factor
-        pyramid = torch.cat([level.to(rows.dtype) for level in pool_rows(rows, num_levels, factor, "mean")], dim=2)
-        return _take_rows(pyramid, entry)
+        ctx.mover = mover
+        return mover.pool(rows, entry, place)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # A row's gradient adds up over the selected entries that cover it, 1/p^ℓ of each (section 6): from the
-        # coarsest level down, every entry passes what it has, divided by p, to its p children.
-        (place,) = ctx.saved_tensors
-        places = place.split(level_lengths(ctx.seq_len, ctx.num_levels, ctx.factor), dim=-1)
-        total = _take_or_zero(grad, places[-1])
-        for finer in reversed(places[:-1]):
-            inherited = (total / ctx.factor).repeat_interleave(ctx.factor, dim=2)
-            total = inherited + _take_or_zero(grad, finer)
-        return total.to(grad.dtype), None, None, None, None
+        return ctx.mover.spread(grad, *ctx.saved_tensors), None, None, None
 
 
-class _ScatterBack(torch.autograd.Function):
+class _SpreadRows(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, entry: Tensor, place: Tensor, seq_len: int, num_levels: int, factor: int
-    ) -> Tensor:
-        # From the position's side: position t takes from each level the one entry ⌊(t+1)/p^ℓ⌋ − 1, if there is one
-        # and it is selected.
-        ctx.save_for_backward(entry)
-        ctx.num_levels, ctx.factor = num_levels, factor
-        offsets = level_offsets(seq_len, num_levels, factor)
-        position = torch.arange(seq_len, device=rows.device)
-        total = None
-        for level, offset in enumerate(offsets[:-1]):
-            index = (position + 1) // factor**level - 1
-            source = place[..., offset + index.clamp(min=0)].where(index >= 0, -1)
-            taken = _take_or_zero(rows, source)
-            total = taken if total is None else total + taken
-        # Not a bare cast: torch 2.11 compiles a result that is a no-op ``to`` into a gradient of zero.
-        return total if total.dtype == rows.dtype else total.to(rows.dtype)
+    def forward(ctx: Any, rows: Tensor, entry: Tensor, place: Tensor, mover: RowMover) -> Tensor:
+        ctx.save_for_backward(entry, place)
+        ctx.mover = mover
+        return mover.spread(rows, place)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # Entry (ℓ, i) wrote to the positions t with t + 1 in window i + 1 of level ℓ. So shift the gradient down by
-        # one row, pad it with the positions past the end, sum it up a pyramid and drop every level's window 0.
-        (entry,) = ctx.saved_tensors
-        span = ctx.factor ** (ctx.num_levels - 1)
-        shifted = F.pad(grad, (0, 0, 1, span - 1))
-        sums = pool_rows(shifted, ctx.num_levels, ctx.factor, "sum")
-        seq_len = grad.shape[2]
-        lengths = level_lengths(seq_len, ctx.num_levels, ctx.factor)
-        pyramid = torch.cat([s[:, :, 1 : n + 1] for s, n in zip(sums, lengths, strict=True)], dim=2)
-        return _take_rows(pyramid, entry).to(grad.dtype), None, None, None, None, None
-
-
-def _take_rows(rows: Tensor, index: Tensor) -> Tensor:
-    """rows [B, H, n, D] at index [B, G, S], each group's index serving its H/G heads: [B, H, S, D]."""
-    grouped = rows.unflatten(1, (index.shape[1], -1))
-    where = index.long()[:, :, None, :, None].expand(-1, -1, grouped.shape[2], -1, rows.shape[-1])
-    return grouped.gather(3, where).flatten(1, 2)
-
-
-def _take_or_zero(rows: Tensor, index: Tensor) -> Tensor:
-    """As ``_take_rows`` in the accumulation dtype, with a row of zeros where the index is −1."""
-    taken = _take_rows(rows, index.clamp(min=0)).to(accumulation_dtype(rows.dtype))
-    present = (index >= 0).repeat_interleave(rows.shape[1] // index.shape[1], dim=1)[..., None]
-    return taken.where(present, 0.0)
+        return ctx.mover.pool(grad, *ctx.saved_tensors), None, None, None
 
 
 def _check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -9,6 +10,9 @@ from lighthouse.pyramid import level_lengths
 
 Scorer = Literal["norm", "dilated", "gla"]
 Backend = Literal["auto", "torch", "triton"]
+
+#: Triton's interpreter runs kernels on CPU tensors. Triton reads this variable when it is imported, and so do we.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 #: m, the parents that a tile picks at every level: half by query score, half by key score.
 PARENTS_PER_TILE = 128
@@ -115,17 +119,19 @@ class LighthouseConfig:
         coarsest = level_lengths(seq_len, self.num_levels, self.pooling_factor)[-1]
         return coarsest + (self.num_levels - 1) * self.pooling_factor * self.top_k
 
-    def resolve_backend(self, device_type: str) -> Literal["torch"]:
+    def resolve_backend(self, device_type: str) -> Literal["torch", "triton"]:
         """The backend that runs on ``device_type``; an explicit request never falls back.
 
         Raises:
-            ValueError: if the requested backend is not available.
+            ValueError: if the requested backend is not available there.
         """
-        if self.backend == "triton":
+        if self.backend == "triton" and device_type != "cuda" and not INTERPRETED:
             raise ValueError(
-                f"backend='triton' is not available on {device_type!r} in this version; available: 'torch', 'auto'"
+                f"backend='triton' is not available on {device_type!r}: its kernels need a GPU; nearest valid values: "
+                "'auto' or 'torch' (TRITON_INTERPRET=1 runs the kernels on CPU, slowly, for tests)"
             )
-        return "torch"
+        # The kernels are opt-in until their report is in benchmarks/reports.
+        return "torch" if self.backend == "auto" else self.backend
 
     def _seq_lens_around(self, seq_len: int) -> set[int]:
         """The valid lengths just below and above ``seq_len``: whole tiles of whole coarsest windows."""

@@ -28,7 +28,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def pool_rows(rows: Tensor, num_levels: int, factor: int, how: Literal["mean", "sum"]) -> list[Tensor]:
+def pool_levels(rows: Tensor, num_levels: int, factor: int, how: Literal["mean", "sum"]) -> list[Tensor]:
     """Reduce windows of ``factor``, ``factor``², … rows.
 
     Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -52,9 +53,28 @@ def select(query: Tensor, key: Tensor, config: LighthouseConfig, *, value: Tenso
         raise ValueError(f"scorer={config.scorer!r} needs the value tensor: call select(..., value=value)")
     # Scores stay in float32 whatever precision autocast would choose.
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+        if config.resolve_backend(query.device.type) == "triton":
+            return _select_by_kernels(query, key, value, config)
         scores = SCORERS[config.scorer](query, key, value, config)
         candidates = _select_candidates(*scores, config)
         return _in_causal_order(candidates, seq_len, config)
+
+
+def _select_by_kernels(query: Tensor, key: Tensor, value: Tensor | None, config: LighthouseConfig) -> Selection:
+    num_levels, p = config.num_levels, config.pooling_factor
+    if config.scorer == "norm":
+        scores = kernels().norm_scores(query, key, p)
+    else:
+        scores = [pool_scores(score, 2, p)[1] for score in SCORERS[config.scorer](query, key, value, config)]
+    parents = kernels().pick_parents(*scores, num_levels, p, config.num_tiles, config.cover_start)
+    return Selection(*kernels().order_entries(parents, query.shape[2], num_levels, p))
+
+
+def kernels() -> ModuleType:
+    """The Triton twins, imported where they are used: the plain path must run without Triton."""
+    import lighthouse.kernels
+
+    return lighthouse.kernels
 
 
 def check_shapes(query: Tensor, key: Tensor, value: Tensor | None) -> None:

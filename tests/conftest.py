@@ -4,6 +4,9 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: without a GPU its kernels run on CPU tensors
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
@@ -23,6 +26,25 @@ def device(request) -> str:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU")
     return request.param
+
+
+@pytest.fixture(
+    params=[
+        ("cpu", "torch"),
+        ("cpu", "triton"),
+        pytest.param(("cuda", "torch"), marks=pytest.mark.gpu),
+        pytest.param(("cuda", "triton"), marks=pytest.mark.gpu),
+    ],
+    ids="-".join,
+)
+def on(request) -> dict[str, str]:
+    """A device and a backend. The kernels run on a GPU, or where there is none through Triton's interpreter."""
+    device, backend = request.param
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    if (device, backend) == ("cpu", "triton") and torch.cuda.is_available():
+        pytest.skip("the kernels run on the GPU")
+    return {"device": device, "backend": backend}
 
 
 @pytest.fixture

@@ -128,8 +128,10 @@ def test_wrong_names_and_types_are_refused_at_construction(changes, expected):
     assert expected in str(error.value)
 
 
-def test_triton_is_refused_until_it_exists():
-    with pytest.raises(ValueError, match=r"backend='triton' is not available"):
-        LighthouseConfig(backend="triton").resolve_backend("cuda")
-    for backend in ("auto", "torch"):
-        assert LighthouseConfig(backend=backend).resolve_backend("cpu") == "torch"
+def test_an_explicit_backend_never_falls_back(monkeypatch):
+    monkeypatch.setattr("lighthouse.config.INTERPRETED", False)
+    with pytest.raises(ValueError, match=r"backend='triton' is not available on 'cpu'"):
+        LighthouseConfig(backend="triton").resolve_backend("cpu")
+    assert LighthouseConfig(backend="triton").resolve_backend("cuda") == "triton"
+    assert LighthouseConfig(backend="torch").resolve_backend("cuda") == "torch"
+    assert LighthouseConfig().resolve_backend("cuda") == LighthouseConfig().resolve_backend("cpu") == "torch"

@@ -143,7 +143,7 @@ def test_every_field_works_on_the_command_line():
         (["--lighthouse.layers", "2-27"], "layer 27 is outside the model"),
         (["--lighthouse.top_k", "100"], "top_k=100"),
         (["--training.seq_len", "4100"], "seq_len=4100"),
-        (["--lighthouse.backend", "triton"], "backend='triton' is not available"),
+        (["--lighthouse.backend", "triton"], "backend='triton' is not available on 'cpu'"),
         (["--parallelism.context_parallel_degree", "2"], "context_parallel_degree=2: Lighthouse does not run"),
         (["--parallelism.tensor_parallel_degree", "3"], "tensor_parallel_degree=3: must divide the model's 4"),
         (
@@ -153,7 +153,9 @@ def test_every_field_works_on_the_command_line():
         (["--validation.enable", "--validation.seq_len", "1000"], "validation.seq_len: seq_len=1000"),
     ],
 )
-def test_what_cannot_run_is_refused_before_anything_is_built(overrides, message):
+def test_what_cannot_run_is_refused_before_anything_is_built(overrides, message, monkeypatch):
+    monkeypatch.setattr("lighthouse.config.INTERPRETED", False)
+    monkeypatch.setattr("torchtitan.experiments.lighthouse.model.args.device_type", "cpu")
     with pytest.raises(ValueError, match=re.escape(message)):
         model_args(parse("debug.toml", *overrides))
 

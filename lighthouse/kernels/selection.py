@@ -1,0 +1,230 @@
+"""Stratified selection and causal order without a sort.
+
+Specification: ``lighthouse.selection._select_candidates`` and ``_in_causal_order``.
+
+``pick_parents`` runs one program a tile: at every level it finds the 64th highest score bit by bit (scores are not
+negative, so their bits order as they do), takes what is above it and the first of what equals it. ``order_entries``
+gives every entry of the pyramid its place on its own: the place is a count of the selected entries before it, level by
+level, and those are the children of parents, whose sorted list a binary search counts.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lighthouse.config import PARENTS_PER_TILE
+from lighthouse.kernels.common import log2, padded
+from lighthouse.pyramid import level_lengths, level_offsets
+
+_M = tl.constexpr(PARENTS_PER_TILE)
+_LOG_M = tl.constexpr(log2(PARENTS_PER_TILE))
+BLOCK_ENTRIES = 256
+
+
+@triton.jit
+def _highest(bits, COUNT: tl.constexpr, NUM_BITS: tl.constexpr):
+    """Which of ``bits`` (order-preserving integers, negative where absent) are the COUNT highest; ties: the first."""
+    threshold = tl.max(bits * 0, axis=0)
+    one = threshold + 1
+    for i in range(NUM_BITS):
+        higher = threshold | (one << (NUM_BITS - 1 - i))
+        enough = tl.sum((bits >= higher).to(tl.int32), axis=0) >= COUNT
+        threshold = tl.where(enough, higher, threshold)
+    above = bits > threshold
+    equal = bits == threshold
+    missing = COUNT - tl.sum(above.to(tl.int32), axis=0)
+    return above | (equal & (tl.cumsum(equal.to(tl.int32), axis=0) <= missing))
+
+
+@triton.jit
+def _window_max(score, index, valid, width, BITS: tl.constexpr):
+    """The highest score of each window of ``width`` level-1 entries, as integers; −1 where not valid."""
+    best = tl.load(score + index * width, mask=valid, other=0.0)
+    for i in range(1, width):
+        best = tl.maximum(
+            best, tl.load(score + index * width + i, mask=valid, other=0.0), propagate_nan=tl.PropagateNan.ALL
+        )
+    return tl.where(valid, best.to(BITS, bitcast=True), -1)
+
+
+@triton.jit
+def _pick(
+    query_score, key_score, index, valid, width, parents,
+    BITS: tl.constexpr, NUM_BITS: tl.constexpr, COVER_BITS: tl.constexpr,
+):  # fmt: skip
+    """Store the m parents among the candidates ``index`` (ascending), ascending."""
+    query_bits = _window_max(query_score, index, valid, width, BITS)
+    key_bits = _window_max(key_score, index, valid, width, BITS)
+    query_bits = tl.where((index == 0) & valid, tl.maximum(query_bits, COVER_BITS), query_bits)
+    by_query = _highest(query_bits, _M // 2, NUM_BITS)
+    by_key = _highest(tl.where(by_query, -1, key_bits), _M // 2, NUM_BITS)
+    chosen = by_query | by_key
+    rank = tl.cumsum(chosen.to(tl.int32), axis=0) - 1
+    tl.store(parents + rank, index, mask=chosen)
+
+
+@triton.jit
+def _pick_parents_kernel(
+    query_score, key_score, parents, tiles, per_tile, length,
+    NUM_LEVELS: tl.constexpr, FACTOR: tl.constexpr, LOG_FACTOR: tl.constexpr, COARSEST: tl.constexpr,
+    BITS: tl.constexpr, NUM_BITS: tl.constexpr, COVER_BITS: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0) % tiles
+    bg = (tl.program_id(0) // tiles).to(tl.int64)
+    query_score += bg * length
+    key_score += bg * length
+    parents += (bg * tiles + tile) * (NUM_LEVELS - 1) * _M  # a tile's lists, level 1's first
+
+    offset = tl.arange(0, COARSEST)
+    valid = offset < per_tile
+    index = tile * per_tile + offset
+    width = 1 << (LOG_FACTOR * (NUM_LEVELS - 2))
+    _pick(
+        query_score, key_score, index, valid, width, parents + (NUM_LEVELS - 2) * _M, BITS, NUM_BITS, COVER_BITS
+    )  # fmt: skip
+    for step in tl.static_range(1, NUM_LEVELS - 1):
+        # The list of the level above is stored by all threads and read by all.
+        tl.debug_barrier()
+        above = tl.load(parents + (NUM_LEVELS - 1 - step) * _M + tl.arange(0, _M))
+        children = tl.reshape((above * FACTOR)[:, None] + tl.arange(0, FACTOR)[None, :], (_M * FACTOR,))
+        width = 1 << (LOG_FACTOR * (NUM_LEVELS - 2 - step))
+        _pick(
+            query_score, key_score, children, children >= 0, width, parents + (NUM_LEVELS - 2 - step) * _M,
+            BITS, NUM_BITS, COVER_BITS,
+        )  # fmt: skip
+
+
+@torch.library.custom_op("lighthouse::pick_parents", mutates_args=())
+def pick_parents(
+    query_score: Tensor, key_score: Tensor, num_levels: int, pooling_factor: int, num_tiles: int, cover_start: bool
+) -> Tensor:
+    """Scores of level 1, [B, G, N/p], to the parents of every level above 0: [B, G, T, L−1, m] int32, ascending."""
+    parents = _empty_parents(query_score, num_levels, num_tiles)
+    batch, groups, length = query_score.shape
+    per_tile = length // pooling_factor ** (num_levels - 2) // num_tiles
+    double = query_score.dtype == torch.float64
+    infinity = 0x7FF0000000000000 if double else 0x7F800000
+    coarsest = padded(per_tile)
+    _pick_parents_kernel[(batch * groups * num_tiles,)](
+        query_score.contiguous(), key_score.contiguous(), parents, num_tiles, per_tile, length,
+        NUM_LEVELS=num_levels, FACTOR=pooling_factor, LOG_FACTOR=log2(pooling_factor), COARSEST=coarsest,
+        BITS=tl.int64 if double else tl.int32, NUM_BITS=63 if double else 31,
+        COVER_BITS=infinity if cover_start else 0,
+        num_warps=min(32, max(4, coarsest // 256)),
+    )  # fmt: skip
+    return parents
+
+
+def _empty_parents(score: Tensor, num_levels: int, num_tiles: int) -> Tensor:
+    batch, groups, _ = score.shape
+    return score.new_empty(batch, groups, num_tiles, num_levels - 1, PARENTS_PER_TILE, dtype=torch.int32)
+
+
+@pick_parents.register_fake
+def _(
+    query_score: Tensor, key_score: Tensor, num_levels: int, pooling_factor: int, num_tiles: int, cover_start: bool
+) -> Tensor:
+    return _empty_parents(query_score, num_levels, num_tiles)
+
+
+@triton.jit
+def _count_below(list_, bound, mask):
+    """How many of the m ascending numbers at ``list_`` are below ``bound``."""
+    low = bound * 0
+    for i in tl.static_range(_LOG_M + 1):
+        ahead = low + (_M >> i)
+        last = tl.load(list_ + ahead - 1, mask=mask & (ahead <= _M), other=2147483647)
+        low = tl.where(last < bound, ahead, low)
+    return low
+
+
+@triton.jit
+def _contains(list_, at, value, mask):
+    return tl.load(list_ + at, mask=mask & (at < _M), other=-1) == value
+
+
+@triton.jit
+def _order_kernel(
+    parents, level_out, index_out, entry_out, place_out,
+    seq_len, blocks, tiles, per_tile, selected, num_entries,
+    NUM_LEVELS: tl.constexpr, FACTOR: tl.constexpr, LOG_FACTOR: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0) % blocks
+    bg = (tl.program_id(0) // blocks).to(tl.int64)
+    level = tl.program_id(1)
+    length = seq_len >> (LOG_FACTOR * level)
+    if block * BLOCK < length:
+        index = block * BLOCK + tl.arange(0, BLOCK)
+        inside = index < length
+        offset = 0
+        for finer in tl.static_range(NUM_LEVELS - 1):
+            offset += tl.where(finer < level, seq_len >> (LOG_FACTOR * finer), 0)
+        tile = (index >> (LOG_FACTOR * (NUM_LEVELS - 1 - level))) // per_tile
+        lists = parents + (bg * tiles + tile) * (NUM_LEVELS - 1) * _M
+
+        parent = index >> LOG_FACTOR
+        mine = lists + level * _M  # for the coarsest level this list does not exist
+        below_top = inside & (level < NUM_LEVELS - 1)
+        at = _count_below(mine, parent, below_top)
+        chosen = (level == NUM_LEVELS - 1) | _contains(mine, at, parent, below_top)
+
+        # Entries before this one in the order, itself included, level by level.
+        end = (index + 1) << (LOG_FACTOR * level)
+        place = tile * selected // tiles - 1
+        for other in tl.static_range(NUM_LEVELS):
+            # At its own level and finer ones, entries that end no later; at coarser ones, those that end before.
+            before = tl.where(other <= level, end, end - 1) >> (LOG_FACTOR * other)
+            if other == NUM_LEVELS - 1:
+                place += before - tile * per_tile
+            else:
+                whole = before >> LOG_FACTOR
+                count = _count_below(lists + other * _M, whole, inside)
+                part = _contains(lists + other * _M, count, whole, inside)
+                place += count * FACTOR + tl.where(part, before & (FACTOR - 1), 0)
+
+        tl.store(place_out + bg * num_entries + offset + index, tl.where(chosen, place, -1), mask=inside)
+        chosen = chosen & inside
+        to = bg * selected + place
+        tl.store(level_out + to, (index * 0 + level).to(tl.int8), mask=chosen)
+        tl.store(index_out + to, index, mask=chosen)
+        tl.store(entry_out + to, offset + index, mask=chosen)
+
+
+@torch.library.custom_op("lighthouse::order_entries", mutates_args=())
+def order_entries(
+    parents: Tensor, seq_len: int, num_levels: int, pooling_factor: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Parents, [B, G, T, L−1, m], to the fields of ``lighthouse.Selection``: level, index, entry and place."""
+    outputs = _empty_selection(parents, seq_len, num_levels, pooling_factor)
+    batch, groups, tiles = parents.shape[:3]
+    per_tile = level_lengths(seq_len, num_levels, pooling_factor)[-1] // tiles
+    blocks = triton.cdiv(seq_len, BLOCK_ENTRIES)
+    _order_kernel[(blocks * batch * groups, num_levels)](
+        parents.contiguous(), *outputs, seq_len, blocks, tiles, per_tile, outputs[0].shape[-1], outputs[3].shape[-1],
+        NUM_LEVELS=num_levels, FACTOR=pooling_factor, LOG_FACTOR=log2(pooling_factor), BLOCK=BLOCK_ENTRIES,
+    )  # fmt: skip
+    return outputs
+
+
+def _empty_selection(
+    parents: Tensor, seq_len: int, num_levels: int, pooling_factor: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, groups, tiles = parents.shape[:3]
+    coarsest = level_lengths(seq_len, num_levels, pooling_factor)[-1]
+    selected = coarsest + (num_levels - 1) * pooling_factor * tiles * PARENTS_PER_TILE
+    entries = level_offsets(seq_len, num_levels, pooling_factor)[-1]
+    return tuple(
+        parents.new_empty(batch, groups, size, dtype=dtype)
+        for size, dtype in (
+            (selected, torch.int8),
+            (selected, torch.int32),
+            (selected, torch.int32),
+            (entries, torch.int32),
+        )
+    )
+
+
+@order_entries.register_fake
+def _(parents: Tensor, seq_len: int, num_levels: int, pooling_factor: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _empty_selection(parents, seq_len, num_levels, pooling_factor)

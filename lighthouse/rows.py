@@ -1,0 +1,77 @@
+"""The two ways in which rows move between the sequence and the selected entries, in plain torch.
+
+Each is the other's transpose and so its backward, and neither needs atomics: with the selection's inverse
+map both are gathers. Sums accumulate in float32 (float64 for float64 inputs) and are rounded once.
+``lighthouse.kernels.rows`` holds the Triton twins.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lighthouse.pyramid import accumulation_dtype, level_lengths, level_offsets, pool_levels
+
+
+def pool_rows(rows: Tensor, entry: Tensor, num_levels: int, factor: int, shift: int, mean: bool) -> Tensor:
+    """Reduce every selected entry's window of ``rows`` to one row.
+
+    Args:
+        rows: [B, H, N, D].
+        entry: [B, G, S], numbers of the selected entries; each group serves its H/G heads.
+        shift: 0 takes entry (ℓ, i) from window i: the positions it covers; 1 from the positions t with t + 1 in window
+            i + 1: those from its last covered one on, clipped at N.
+        mean: divide by the window's length.
+
+    Returns:
+        [B, H, S, D] in the dtype of ``rows``.
+    """
+    lengths = level_lengths(rows.shape[2], num_levels, factor)
+    if shift:
+        # Shift down by a row and fill up to whole windows past the end; every level's window 0 is then of no use.
+        rows = F.pad(rows, (0, 0, 1, factor ** (num_levels - 1) - 1))
+    levels = pool_levels(rows, num_levels, factor, "mean" if mean else "sum")
+    pyramid = [level[:, :, shift : n + shift].to(rows.dtype) for level, n in zip(levels, lengths, strict=True)]
+    return _take(torch.cat(pyramid, dim=2), entry)
+
+
+def spread_rows(
+    rows: Tensor, place: Tensor, seq_len: int, num_levels: int, factor: int, shift: int, mean: bool
+) -> Tensor:
+    """Add up, for every position, the rows of the selected entries that have it in their window.
+
+    Args:
+        rows: [B, H, S, D] in sequence order.
+        place: [B, G, E] int32, the selection's inverse map.
+        shift, mean: as in ``pool_rows``.
+
+    Returns:
+        [B, H, N, D] in the dtype of ``rows``.
+    """
+    position = torch.arange(seq_len, device=rows.device)
+    total = None
+    for level, offset in enumerate(level_offsets(seq_len, num_levels, factor)[:-1]):
+        # The one entry of this level whose window holds the position, if there is one and it is selected.
+        index = (position + shift) // factor**level - shift
+        source = place[..., offset + index.clamp(min=0)].where(index >= 0, -1)
+        taken = _take_or_zero(rows, source)
+        if mean:
+            taken = taken / factor**level
+        total = taken if total is None else total + taken
+    # Not a bare cast: torch 2.11 compiles a result that is a no-op ``to`` into a gradient of zero.
+    return total if total.dtype == rows.dtype else total.to(rows.dtype)
+
+
+def _take(rows: Tensor, index: Tensor) -> Tensor:
+    """rows [B, H, n, D] at index [B, G, S], each group's index serving its H/G heads: [B, H, S, D]."""
+    grouped = rows.unflatten(1, (index.shape[1], -1))
+    where = index.long()[:, :, None, :, None].expand(-1, -1, grouped.shape[2], -1, rows.shape[-1])
+    return grouped.gather(3, where).flatten(1, 2)
+
+
+def _take_or_zero(rows: Tensor, index: Tensor) -> Tensor:
+    """As ``_take`` in the accumulation dtype, with a row of zeros where the index is −1."""
+    taken = _take(rows, index.clamp(min=0)).to(accumulation_dtype(rows.dtype))
+    present = (index >= 0).repeat_interleave(rows.shape[1] // index.shape[1], dim=1)[..., None]
+    return taken.where(present, 0.0)

@@ -1,0 +1,138 @@
+"""Each kernel against its plain-torch twin in float64; on a GPU where there is one, else through the interpreter.
+
+That everything is written shows because uninitialised memory is poisoned (conftest).
+"""
+
+import pytest
+import torch
+from test_selection import make, random_rows
+
+from lighthouse import kernels, rows, select
+from lighthouse.pyramid import pool_scores
+from lighthouse.scorers import norm_scores
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = DEVICE == "cpu"
+
+#: seq_len, num_levels, pooling_factor, top_k: small windows, two passes of pooling (p = 16), many levels.
+GEOMETRIES = [(1024, 2, 4, 256), (3072, 3, 2, 384), (2048, 2, 16, 128), (32768, 3, 16, 128), (4096, 6, 2, 128)]
+
+
+def selection_of(geometry, groups=1, batch=1):
+    config, seq_len = make(*geometry, backend="torch")
+    query, key = (random_rows(batch, groups, seq_len, 2, seed=s) for s in (0, 1))
+    chosen = select(query, key, config)
+    return config, seq_len, *(x.to(DEVICE) for x in (chosen.entry, chosen.place))
+
+
+def error_allowed(exact, magnitude, dtype):
+    """One rounding to ``dtype`` (the interpreter truncates to bfloat16) and 16 float32 roundings of the terms."""
+    ulp = torch.finfo(dtype).eps * (1.0 if INTERPRETED and dtype == torch.bfloat16 else 0.5)
+    wide = torch.finfo(torch.float64).eps if dtype == torch.float64 else 2**-24
+    return ulp * exact.abs() + 16 * wide * magnitude + torch.finfo(dtype).tiny
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim"),
+    [(torch.float32, 8), (torch.bfloat16, 32), (torch.float16, 80), (torch.bfloat16, 96), (torch.float64, 16)],
+)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_rows_move_as_in_plain_torch(geometry, dtype, head_dim):
+    """Both kernels, both shifts, means and sums; grouped heads; [B, N, H, D] in memory."""
+    if INTERPRETED:  # slow: the other dtypes on the smaller geometries only, and rows just long enough to be masked
+        if geometry[0] > 2048 and dtype != torch.float32:
+            pytest.skip("on a GPU only")
+        head_dim = min(head_dim, 12)
+    config, seq_len, entry, place = selection_of(geometry, groups=2)
+    levels, p, selected = config.num_levels, config.pooling_factor, entry.shape[-1]
+    long = random_rows(1, seq_len, 4, head_dim, seed=2, dtype=dtype, device=DEVICE).transpose(1, 2)
+    short = random_rows(1, selected, 4, head_dim, seed=3, dtype=dtype, device=DEVICE).transpose(1, 2)
+    for shift, mean in ((0, True), (1, False)):
+        how = (levels, p, shift, mean)
+        for ours, exact, magnitude in (
+            (
+                kernels.pool_rows(long, place, selected, *how),
+                rows.pool_rows(long.double(), entry, *how),
+                rows.pool_rows(long.double().abs(), entry, *how),
+            ),
+            (
+                kernels.spread_rows(short, place, seq_len, *how),
+                rows.spread_rows(short.double(), place, seq_len, *how),
+                rows.spread_rows(short.double().abs(), place, seq_len, *how),
+            ),
+        ):
+            assert ours.dtype == dtype
+            assert ((ours.double() - exact).abs() <= error_allowed(exact, magnitude, dtype)).all()
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_pool_and_spread_are_each_others_transpose(geometry):
+    """⟨pool(x), y⟩ = ⟨x, spread(y)⟩ in float64."""
+    config, seq_len, entry, place = selection_of(geometry)
+    long = random_rows(1, 1, seq_len, 4, seed=2, dtype=torch.float64, device=DEVICE)
+    short = random_rows(1, 1, entry.shape[-1], 4, seed=3, dtype=torch.float64, device=DEVICE)
+    for shift, mean in ((0, True), (1, False)):
+        how = (config.num_levels, config.pooling_factor, shift, mean)
+        pooled = kernels.pool_rows(long, place, entry.shape[-1], *how)
+        spread = kernels.spread_rows(short, place, seq_len, *how)
+        torch.testing.assert_close((pooled * short).sum(), (long * spread).sum(), rtol=1e-10, atol=1e-8)
+
+
+@pytest.mark.parametrize(("dtype", "head_dim"), [(torch.float32, 20), (torch.bfloat16, 64), (torch.float64, 8)])
+@pytest.mark.parametrize("factor", [2, 4, 8, 16])
+def test_scores(factor, dtype, head_dim):
+    query = random_rows(2, 1024, 6, head_dim, dtype=dtype, device=DEVICE).transpose(1, 2)
+    key = random_rows(2, 1024, 2, head_dim, seed=1, dtype=dtype, device=DEVICE).transpose(1, 2)
+    config, _ = make(1024, 2, factor, 128)
+    exact = norm_scores(query.double(), key.double(), None, config)
+    # A sum of head_dim squares and a root in float32.
+    rtol = head_dim * (2**-53 if dtype == torch.float64 else 2**-24)
+    for ours, want in zip(kernels.norm_scores(query, key, factor), exact, strict=True):
+        torch.testing.assert_close(ours.double(), pool_scores(want, 2, factor)[1], rtol=rtol, atol=0)
+
+
+def test_a_very_wide_tile_still_finds_its_parents():
+    """One tile of 8,192 candidates, nearly all equal."""
+    config, seq_len = make(16384, 2, 2, 128)
+    levels = torch.randint(1, 3, (2, 1, 1, seq_len, 1), generator=torch.Generator().manual_seed(0)).float()
+    expected = select(*levels, config)
+    scores = [pool_scores(x[..., 0], 2, 2)[1].to(DEVICE) for x in levels]
+    parents = kernels.pick_parents(*scores, 2, 2, 1, True)
+    assert torch.equal(kernels.order_entries(parents, seq_len, 2, 2)[2].cpu(), expected.entry)
+
+
+def test_operators_are_registered_properly():
+    """Fake implementations agree with the real ones in shape, dtype and strides; nothing is aliased or mutated."""
+    config, seq_len, entry, place = selection_of((1024, 2, 4, 256), groups=2)
+    how = (config.num_levels, config.pooling_factor)
+    query = random_rows(1, seq_len, 4, 8, device=DEVICE).transpose(1, 2)
+    key = random_rows(1, seq_len, 2, 8, seed=1, device=DEVICE).transpose(1, 2)
+    short = random_rows(1, 4, entry.shape[-1], 8, device=DEVICE)
+    scores = kernels.norm_scores(query, key, config.pooling_factor)
+    parents = kernels.pick_parents(*scores, *how, config.num_tiles, True)
+    for operator, arguments in (
+        (kernels.norm_scores, (query, key, config.pooling_factor)),
+        (kernels.pick_parents, (*scores, *how, config.num_tiles, True)),
+        (kernels.order_entries, (parents, seq_len, *how)),
+        (kernels.pool_rows, (query, place, entry.shape[-1], *how, 0, True)),
+        (kernels.spread_rows, (short, place, seq_len, *how, 1, False)),
+    ):
+        torch.library.opcheck(operator, arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="no GPU")
+def test_offsets_past_32_bits():
+    """B·H·N·D > 2³¹ elements, and S past 65,535."""
+    config, seq_len = make(524288, 3, 4, 4096, backend="triton")
+    long = torch.randn(1, 40, seq_len, 128, device="cuda", dtype=torch.bfloat16)
+    assert long.numel() > 2**31
+    chosen = select(long, long, config)
+    assert chosen.entry.shape[-1] == 65536
+    how = (config.num_levels, config.pooling_factor)
+    pooled = kernels.pool_rows(long, chosen.place, 65536, *how, 0, True)
+    last = rows.pool_rows(long[:, -1:], chosen.entry[:, -1:], *how, 0, True)
+    torch.testing.assert_close(pooled[:, -1:], last, rtol=torch.finfo(torch.bfloat16).eps, atol=1e-6)
+    spread = kernels.spread_rows(pooled, chosen.place, seq_len, *how, 1, False)
+    last = rows.spread_rows(pooled[:, -1:], chosen.place[:, -1:], seq_len, *how, 1, False)
+    torch.testing.assert_close(spread[:, -1:], last, rtol=torch.finfo(torch.bfloat16).eps, atol=1e-6)
