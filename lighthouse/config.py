@@ -45,7 +45,7 @@ class LighthouseConfig:
     """Keep window 0 of every level ≥ 1 a parent, so that every position receives an output (section 3)."""
 
     backend: Backend = "auto"
-    """``torch``: plain PyTorch; ``triton``: kernels, never with a silent fallback; ``auto``: the best available."""
+    """``torch``: plain PyTorch; ``triton``: kernels, without a silent fallback; ``auto`` picks, for now ``torch``."""
 
     def __post_init__(self) -> None:
         for name in ("num_levels", "pooling_factor", "top_k", "dilation"):
