@@ -20,8 +20,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from torchtitan.experiments.lighthouse.metrics import METRICS_FILE, read_metrics
 
-#: Losses are noisy: "at the end" is a mean over a tenth of the logged steps, at most so many, as is the smooth curve.
-WINDOW = 10
+#: Losses are noisy: the table and the smooth curves take means over so many logged steps, fewer for short runs.
+LONGEST_WINDOW = 10
 
 
 @dataclass
@@ -43,13 +43,12 @@ class Experiment:
         return Experiment(stage, [record for record in self.records if record["stage"] == stage])
 
     @property
-    def final_loss(self) -> float:
-        return self.smooth_losses[-1]
+    def parts(self) -> list[Experiment]:
+        """The stages that were run, in order: a mean across the switch would blur it."""
+        return [part for stage in ("dense", "stage1", "stage2") if (part := self.stage(stage)).records]
 
-    @property
-    def smooth_losses(self) -> list[float]:
-        """Means over the last few logged steps; shorter runs, which still fall steeply, are smoothed less."""
-        window = max(1, min(WINDOW, len(self.records) // 10))
+    def smooth(self, window: int) -> list[float]:
+        """Means over the last ``window`` logged steps."""
         return [fmean(self.losses[max(0, i + 1 - window) : i + 1]) for i in range(len(self.records))]
 
     @property
@@ -84,19 +83,25 @@ def load_experiments(runs: list[Path]) -> list[Experiment]:
     return experiments
 
 
-def summary(experiments: list[Experiment]) -> str:
-    """The table; losses in nats per token, smoothed."""
-    rows = [("run", "steps", "loss", "tokens/s/device")]
+def common_window(experiments: list[Experiment]) -> int:
+    """One window for all curves, so that they can be compared: a tenth of the shortest stage, within limits."""
+    shortest = min(len(part.records) for experiment in experiments for part in experiment.parts)
+    return max(1, min(LONGEST_WINDOW, shortest // 10))
+
+
+def summary(experiments: list[Experiment], window: int) -> str:
+    """The table; losses in nats per token."""
+    rows = [("run", "steps", f"loss (last {window})", "tokens/s/device")]
     for experiment in experiments:
         stage1, stage2 = experiment.stage("stage1"), experiment.stage("stage2")
         if not stage2.records:
-            rows.append(_row(experiment.name, experiment))
+            rows.append(_row(experiment.name, experiment, window))
             continue
-        rows.append(_row("Stage 1 (Lighthouse), at its end", stage1))
+        rows.append(_row("Stage 1 (Lighthouse), at its end", stage1, window))
         first = stage2.losses[0]
-        spike = f"{first:.4f} ({first - stage1.final_loss:+.4f})"
+        spike = f"{first:.4f} ({first - stage1.smooth(window)[-1]:+.4f})"
         rows.append(("spike at the switch, first dense step", f"{stage2.steps[0]:,}", spike, ""))
-        rows.append(_row("Stage 2 (dense), at its end", stage2))
+        rows.append(_row("Stage 2 (dense), at its end", stage2, window))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
@@ -105,26 +110,24 @@ def summary(experiments: list[Experiment]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def _row(name: str, part: Experiment) -> tuple[str, str, str, str]:
+def _row(name: str, part: Experiment, window: int) -> tuple[str, str, str, str]:
     return (
         name,
         f"{part.steps[0]:,}–{part.steps[-1]:,}",
-        f"{part.final_loss:.4f}",
+        f"{part.smooth(window)[-1]:.4f}",
         f"{part.tokens_per_second:,.0f}",
     )
 
 
-def draw(experiments: list[Experiment], path: Path) -> None:
+def draw(experiments: list[Experiment], window: int, path: Path) -> None:
     """Loss against steps, raw and smoothed, with the switch marked."""
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=150, layout="constrained")
     for number, experiment in enumerate(experiments):
         color = f"C{number}"
         axes.plot(experiment.steps, experiment.losses, color=color, alpha=0.3, linewidth=0.8)
-        # Stage by stage: a mean across the switch would blur it.
-        parts = [part for stage in ("dense", "stage1", "stage2") if (part := experiment.stage(stage)).records]
-        steps = [step for part in parts for step in part.steps]
-        smooth = [loss for part in parts for loss in part.smooth_losses]
-        axes.plot(steps, smooth, color=color, linewidth=1.6, label=experiment.name)
+        parts = experiment.parts
+        smooth = [loss for part in parts for loss in part.smooth(window)]
+        axes.plot(experiment.steps, smooth, color=color, linewidth=1.6, label=experiment.name)
         if parts[-1].name == "stage2":
             switch = parts[-1].steps[0] - 0.5
             axes.axvline(switch, color=color, linestyle=":", linewidth=1)
@@ -138,7 +141,7 @@ def draw(experiments: list[Experiment], path: Path) -> None:
                 fontsize=8,
             )
     axes.set(xlabel="step", ylabel="loss (nats per token)")
-    axes.set_title("Training loss, raw and smoothed", fontsize=10)
+    axes.set_title(f"Training loss, raw and as a mean over {window} logged steps", fontsize=10)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     figure.savefig(path)
@@ -152,9 +155,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     experiments = load_experiments(options.runs)
     options.output.mkdir(parents=True, exist_ok=True)
-    table = summary(experiments)
+    window = common_window(experiments)
+    table = summary(experiments, window)
     (options.output / "summary.md").write_text(table + "\n", encoding="utf-8")
-    draw(experiments, options.output / "loss.png")
+    draw(experiments, window, options.output / "loss.png")
     print(f"\n{table}\n\n{options.output / 'summary.md'}\n{options.output / 'loss.png'}")
 
 

@@ -34,6 +34,7 @@ def test_table_holds_the_four_figures(runs, tmp_path, capsys):
     assert table["spike at the switch, first dense step"] == ["21", "3.5000 (+1.5000)", ""]
     assert table["Stage 2 (dense), at its end"] == ["21–40", "1.5000", "100"]
     assert table["dense"] == ["1–40", "1.2500", "100"]
+    assert table["run"][1] == "loss (last 2)"  # a tenth of the shortest stage, for all alike
     assert (tmp_path / "out/loss.png").read_bytes().startswith(b"\x89PNG")
     assert "loss.png" in capsys.readouterr().out
 
