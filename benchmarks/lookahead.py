@@ -64,8 +64,6 @@ def read_settings(checkpoint: Path, dataset: str | None, dataset_path: str | Non
 @torch.no_grad()
 def score(checkpoint: Path, settings: JobConfig, positions: int) -> dict[str, Tensor]:
     """Losses in nats, [positions] a way of scoring."""
-    import torchtitan.experiments.lighthouse  # noqa: F401  registers the model and the datasets
-
     lighthouse, dense = (load_model(checkpoint, settings, dense=d) for d in (False, True))
     spec = get_train_spec(settings.model.name)
     batches = iter(

@@ -49,7 +49,8 @@ class Experiment:
 
     def smooth(self, window: int) -> list[float]:
         """Means over the last ``window`` logged steps."""
-        return [fmean(self.losses[max(0, i + 1 - window) : i + 1]) for i in range(len(self.records))]
+        losses = self.losses
+        return [fmean(losses[max(0, i + 1 - window) : i + 1]) for i in range(len(losses))]
 
     @property
     def tokens_per_second(self) -> float:

@@ -18,10 +18,12 @@ import argparse
 import copy
 import hashlib
 import json
+import math
 import os
 import re
 import shlex
 import sys
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -66,11 +68,10 @@ def main(arguments: list[str] | None = None) -> None:
         newest = check_stage2_folder(folder, stage1)
         config = stage2_config(stage1, folder, options.total_steps)
         launcher, world_size = torchrun(options.torchrun, stage1)
-        (folder / CONFIG_FILE).parent.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG_FILE).write_text(tomli_w.dumps(_without_none(config)))
-        settings = ["--job.config_file", str(folder / CONFIG_FILE), *_explicit_none(config), *overrides]
-        merged = ConfigManager().parse_args(settings)
-        check_continuation(stage1, merged, world_size)
+        toml = tomli_w.dumps(_without_none(config))
+        changes = [*_explicit_none(config), *overrides]
+        merged = merge(toml, changes)
+        check_continuation(stage1, config, merged, world_size)
     except Refused as refusal:
         raise SystemExit(f"resume_dense: {refusal}") from refusal
 
@@ -81,6 +82,9 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"Stage 2 from {start} to step {merged.training.steps:,}, dense, in {folder}, {world_size} process(es)")
     for name, before, after in _differences(stage1.config, asdict(merged)):
         print(f"  {name}: {before!r} -> {after!r}")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_FILE).write_text(toml)
+    settings = ["--job.config_file", str(folder / CONFIG_FILE), *changes]
     command = [*launcher, "-m", "torchtitan.experiments.lighthouse.train", *settings]
     print(shlex.join(command), flush=True)
     if not options.dry_run:
@@ -114,9 +118,9 @@ def read_complete(checkpoint: Path) -> Metadata:
     Raises:
         Refused: if the checkpoint is unfinished, cut short, or holds the model alone.
     """
-    if not (checkpoint / ".metadata").is_file():
+    if not _is_complete(checkpoint):
         folder = checkpoint.parent
-        complete = [path.name for path in _checkpoints(folder) if (path / ".metadata").is_file()]
+        complete = [path.name for path in _checkpoints(folder) if _is_complete(path)]
         raise Refused(
             f"{checkpoint} is incomplete (it has no .metadata: the save did not finish); "
             f"complete ones in {folder}: {', '.join(complete) or 'none'}"
@@ -158,9 +162,7 @@ def check_stage2_folder(folder: Path, stage1: Stage1) -> int | None:
     if not origin or Path(origin).resolve() != stage1.checkpoint:
         what = f"Stage 2 of {origin}" if origin else "a run or files that are not of this Stage 2"
         raise Refused(f"{folder} already holds {what}; choose another --dump-folder for Stage 2 of {stage1.checkpoint}")
-    complete = [
-        path for path in _checkpoints(folder / config["checkpoint"]["folder"]) if (path / ".metadata").is_file()
-    ]
+    complete = [path for path in _checkpoints(folder / config["checkpoint"]["folder"]) if _is_complete(path)]
     return _step_of(complete[-1]) if complete else None
 
 
@@ -198,12 +200,20 @@ def stage2_config(stage1: Stage1, folder: Path, total_steps: int | None) -> dict
     return config
 
 
-def check_continuation(stage1: Stage1, merged: JobConfig, world_size: int) -> None:
-    """Stage 2, with the command line's changes merged in, must be the same model on the same data.
+def merge(toml: str, changes: list[str]) -> JobConfig:
+    """The settings as the trainer will see them. Stage 2's folder stays as it is until they have been checked."""
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / CONFIG_FILE
+        file.write_text(toml)
+        return ConfigManager().parse_args(["--job.config_file", str(file), *changes])
+
+
+def check_continuation(stage1: Stage1, config: dict[str, Any], merged: JobConfig, world_size: int) -> None:
+    """Stage 2's ``config``, with the command line's changes ``merged`` in, must be the same model on the same data.
 
     Raises:
-        Refused: naming what differs: architecture, tokenizer, dataset, data-parallel size, or the checkpointing that
-            Stage 2 rests on.
+        Refused: naming what differs: architecture, tokenizer, dataset, data-parallel size, or a setting that Stage 2
+            rests on.
     """
     before, after = stage1.config, asdict(merged)
 
@@ -221,21 +231,22 @@ def check_continuation(stage1: Stage1, merged: JobConfig, world_size: int) -> No
     if _tokenizer_digest(before["model"]["hf_assets_path"]) != _tokenizer_digest(merged.model.hf_assets_path):
         differ("tokenizer", "model.hf_assets_path")
     differ("dataset", "training.dataset", "training.dataset_path")
-    expected = stage2_config(stage1, Path(merged.job.dump_folder), merged.training.steps)
     for section, name in (
+        ("job", "dump_folder"),
+        ("training", "steps"),
         ("lighthouse", "enable"),
         ("lighthouse", "stage1_checkpoint"),
         ("checkpoint", "enable"),
         ("checkpoint", "initial_load_path"),
         ("checkpoint", "initial_load_model_only"),
     ):
-        if after[section][name] != expected[section][name]:
-            raise Refused(f"{section}.{name} must stay {expected[section][name]!r} in Stage 2")
+        if after[section][name] != config[section][name]:
+            raise Refused(
+                f"{section}.{name} must stay {config[section][name]!r} in Stage 2 (--dump-folder and --total-steps, "
+                "before the --, choose its folder and length)"
+            )
 
-    parallelism = merged.parallelism
-    model_parallel = (
-        parallelism.tensor_parallel_degree * parallelism.pipeline_parallel_degree * parallelism.context_parallel_degree
-    )
+    model_parallel = _model_parallel_size(after)
     size, saved = world_size // model_parallel, stage1.data_parallel_size
     if size != saved and "dataloader" not in merged.checkpoint.exclude_from_loading:
         raise Refused(
@@ -248,10 +259,7 @@ def check_continuation(stage1: Stage1, merged: JobConfig, world_size: int) -> No
 
 def torchrun(arguments: str | None, stage1: Stage1) -> tuple[list[str], int]:
     """The torchrun command and its number of processes; by default one node with as many as Stage 1 had."""
-    parallelism = stage1.config["parallelism"]
-    world_size = stage1.data_parallel_size
-    for degree in ("tensor_parallel_degree", "pipeline_parallel_degree", "context_parallel_degree"):
-        world_size *= parallelism[degree]
+    world_size = stage1.data_parallel_size * _model_parallel_size(stage1.config)
     words = shlex.split(arguments) if arguments else ["--standalone", f"--nproc_per_node={world_size}"]
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--nproc_per_node", "--nproc-per-node", default="1")
@@ -264,6 +272,11 @@ def torchrun(arguments: str | None, stage1: Stage1) -> tuple[list[str], int]:
         )
     launcher = [sys.executable, "-m", "torch.distributed.run", *words]
     return launcher, int(counts.nproc_per_node) * int(counts.nnodes)
+
+
+def _model_parallel_size(config: dict[str, Any]) -> int:
+    """Processes that hold one replica of the model."""
+    return math.prod(config["parallelism"][f"{kind}_parallel_degree"] for kind in ("tensor", "pipeline", "context"))
 
 
 def _check_shapes(stage1: Stage1, merged: JobConfig) -> None:
@@ -308,6 +321,10 @@ def _dump_folder(checkpoint: Path) -> Path:
 def _checkpoints(folder: Path) -> list[Path]:
     found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
     return sorted(found, key=_step_of)
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    return (checkpoint / ".metadata").is_file()
 
 
 def _newest(folder: Path) -> Path:

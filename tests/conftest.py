@@ -21,13 +21,6 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(before[1])
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request) -> str:
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no GPU")
-    return request.param
-
-
 @pytest.fixture(
     params=[
         ("cpu", "torch"),

@@ -5,7 +5,7 @@ cover (pool and gather), or, shifted by one, sums of the positions that they wri
 ``spread_rows`` gives every position of the long sequence the rows of the entries above it: the entries that cover it
 (the backward of pool and gather), or, shifted, the entries that write to it (scatter-back).
 
-Specification: ``lighthouse.attention._PoolAndGather`` and ``_ScatterBack``. Both read each long row once and write each
+Specification: the functions of the same names in ``lighthouse.rows``. Both read each long row once and write each
 output row once.
 """
 

@@ -166,6 +166,8 @@ def test_refuses_a_model_only_checkpoint(copy, tmp_path, capsys):
         (["--model.hf_assets_path", "/nowhere"], "tokenizer: /nowhere/tokenizer.json does not exist"),
         (["--lighthouse.enable"], "lighthouse.enable must stay False"),
         (["--checkpoint.initial_load_model_only"], "checkpoint.initial_load_model_only must stay False"),
+        (["--job.dump_folder", "stage1"], "job.dump_folder must stay"),
+        (["--training.steps", "99"], "training.steps must stay 20"),
     ],
 )  # fmt: skip
 def test_refuses_another_model_tokenizer_or_dataset(overrides, message, copy, tmp_path, capsys):
@@ -175,6 +177,7 @@ def test_refuses_another_model_tokenizer_or_dataset(overrides, message, copy, tm
     (other / "tokenizer.json").write_text(shipped.read_text().replace("<|end_of_text|>", "<|end|>"))
     overrides = [str(other) if word == "OTHER" else word for word in overrides]
     assert message in refusal(capsys, copy, "--dry-run", "--", *overrides)
+    assert not (tmp_path / "stage1_dense").exists()  # a refusal leaves nothing behind
 
 
 def test_refuses_an_architecture_that_changed_under_the_same_name(copy, capsys, monkeypatch):

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import torch
-import torchtitan.experiments.lighthouse  # noqa: F401  registers the model
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torchtitan.config import ConfigManager
 from torchtitan.experiments.lighthouse.metrics import read_metrics

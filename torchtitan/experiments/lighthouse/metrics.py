@@ -1,7 +1,6 @@
 """``metrics.jsonl`` in the dump folder: one line a logged step, beside upstream's console, TensorBoard and W&B."""
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -93,9 +92,8 @@ class LighthouseMetricsProcessor(MetricsProcessor):
         if torch.distributed.get_rank() == _get_metrics_rank(parallel_dims, job_config):
             loggers = LoggerContainer()
             loggers.add_logger(self.logger)
-            loggers.add_logger(
-                JsonlLogger(Path(os.path.join(job_config.job.dump_folder, METRICS_FILE)), stage_of(job_config))
-            )
+            path = Path(job_config.job.dump_folder) / METRICS_FILE
+            loggers.add_logger(JsonlLogger(path, stage_of(job_config)))
             self.logger = loggers
 
 

@@ -26,7 +26,6 @@ from torchtitan.tools.logging import logger
 class LighthouseTrainer(upstream.Trainer):
     def __init__(self, job_config: JobConfig) -> None:
         self._losses: list[Tensor] = []
-        self._resumed_lr: float | None = None
         super().__init__(job_config)
         self.optimizers.register_step_pre_hook(self._stop_on_nonfinite)
 
@@ -80,7 +79,8 @@ class LighthouseTrainer(upstream.Trainer):
         else:
             logger.info(f"dense in all {n_layers} layers")
         if self.step == 0:
-            self._refuse_unloaded_stage2(stage)
+            if stage == "stage2":
+                self._refuse_unloaded_stage2()
             return
         tokens = torch.tensor(self.ntokens_seen, dtype=torch.int64, device=self.device)
         if self.parallel_dims.dp_cp_enabled:
@@ -99,13 +99,12 @@ class LighthouseTrainer(upstream.Trainer):
                 "The learning rate jumps here: optimizer.lr or [lr_scheduler] differ from those of the checkpoint."
             )
 
-    def _refuse_unloaded_stage2(self, stage: str) -> None:
-        if stage == "stage2":
-            raise RuntimeError(
-                f"Stage 2 loaded no checkpoint: {self._checkpoint_folder()} exists but holds no complete one, so "
-                f"{self.job_config.lighthouse.stage1_checkpoint} was not read and training would start from random "
-                "weights. Start Stage 2 with scripts/resume_dense.py, which sets the unfinished folder aside."
-            )
+    def _refuse_unloaded_stage2(self) -> None:
+        raise RuntimeError(
+            f"Stage 2 loaded no checkpoint: {self._checkpoint_folder()} exists but holds no complete one, so "
+            f"{self.job_config.lighthouse.stage1_checkpoint} was not read and training would start from random "
+            "weights. Start Stage 2 with scripts/resume_dense.py, which sets the unfinished folder aside."
+        )
 
     def _checkpoint_folder(self) -> str:
         return os.path.join(self.job_config.job.dump_folder, self.job_config.checkpoint.folder)
