@@ -45,7 +45,7 @@ class LighthouseConfig:
     """Keep window 0 of every level ≥ 1 a parent, so that every position receives an output (section 3)."""
 
     backend: Backend = "auto"
-    """``torch``: plain PyTorch; ``triton``: kernels, without a silent fallback; ``auto`` picks, for now ``torch``."""
+    """``torch``: plain PyTorch; ``triton``: kernels, never a silent fallback; ``auto``: triton on a GPU, else torch."""
 
     def __post_init__(self) -> None:
         for name in ("num_levels", "pooling_factor", "top_k", "dilation"):
@@ -130,8 +130,9 @@ class LighthouseConfig:
                 f"backend='triton' is not available on {device_type!r}: its kernels need a GPU; nearest valid values: "
                 "'auto' or 'torch' (TRITON_INTERPRET=1 runs the kernels on CPU, slowly, for tests)"
             )
-        # The kernels are opt-in until their report is in benchmarks/reports.
-        return "torch" if self.backend == "auto" else self.backend
+        if self.backend == "auto":
+            return "triton" if device_type == "cuda" else "torch"
+        return self.backend
 
     def _seq_lens_around(self, seq_len: int) -> set[int]:
         """The valid lengths just below and above ``seq_len``: whole tiles of whole coarsest windows."""

@@ -2,9 +2,9 @@
 
 Specification: ``lighthouse.selection._select_candidates`` and ``_in_causal_order``.
 
-``pick_parents`` runs one program a tile: at every level it finds the 64th highest score bit by bit (scores are not
-negative, so their bits order as they do), takes what is above it and the first of what equals it. ``order_entries``
-gives every entry of the pyramid its place on its own: the place is a count of the selected entries before it, level by
+``pick_parents`` runs one program a tile: at every level it finds the 64th highest score from the highest bits down
+(scores are not negative, so their bits order as they do), takes what is above it and the first of what equals it.
+``order_entries`` gives every selected entry its place on its own: a count of the selected entries before it, level by
 level, and those are the children of parents, whose sorted list a binary search counts.
 """
 
@@ -27,10 +27,20 @@ def _highest(bits, COUNT: tl.constexpr, NUM_BITS: tl.constexpr):
     """Which of ``bits`` (order-preserving integers, negative where absent) are the COUNT highest; ties: the first."""
     threshold = tl.max(bits * 0, axis=0)
     one = threshold + 1
-    for i in range(NUM_BITS):
-        higher = threshold | (one << (NUM_BITS - 1 - i))
-        enough = tl.sum((bits >= higher).to(tl.int32), axis=0) >= COUNT
-        threshold = tl.where(enough, higher, threshold)
+    # Two bits a round: the counts of three thresholds travel through one reduction.
+    for i in range(NUM_BITS // 2):
+        shift = NUM_BITS - 2 - 2 * i
+        low = (bits >= (threshold | (one << shift))).to(tl.int64)
+        middle = (bits >= (threshold | (one << (shift + 1)))).to(tl.int64)
+        high = (bits >= (threshold | ((one + 2) << shift))).to(tl.int64)
+        counts = tl.sum(low + (middle << 21) + (high << 42), axis=0)
+        digit = one * 0
+        for third in tl.static_range(3):
+            digit += (((counts >> (21 * third)) & 0x1FFFFF) >= COUNT).to(digit.dtype)
+        threshold |= digit << shift
+    # NUM_BITS is odd.
+    enough = tl.sum((bits >= (threshold | one)).to(tl.int32), axis=0) >= COUNT
+    threshold = tl.where(enough, threshold | one, threshold)
     above = bits > threshold
     equal = bits == threshold
     missing = COUNT - tl.sum(above.to(tl.int32), axis=0)
@@ -150,45 +160,41 @@ def _order_kernel(
     seq_len, blocks, tiles, per_tile, selected, num_entries,
     NUM_LEVELS: tl.constexpr, FACTOR: tl.constexpr, LOG_FACTOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Place the selected entries of one level and tile; the caller has filled ``place_out`` with −1."""
     block = tl.program_id(0) % blocks
-    bg = (tl.program_id(0) // blocks).to(tl.int64)
+    tile = tl.program_id(0) // blocks % tiles
+    bg = (tl.program_id(0) // blocks // tiles).to(tl.int64)
     level = tl.program_id(1)
-    length = seq_len >> (LOG_FACTOR * level)
-    if block * BLOCK < length:
-        index = block * BLOCK + tl.arange(0, BLOCK)
-        inside = index < length
-        offset = 0
-        for finer in tl.static_range(NUM_LEVELS - 1):
-            offset += tl.where(finer < level, seq_len >> (LOG_FACTOR * finer), 0)
-        tile = (index >> (LOG_FACTOR * (NUM_LEVELS - 1 - level))) // per_tile
-        lists = parents + (bg * tiles + tile) * (NUM_LEVELS - 1) * _M
+    coarsest = level == NUM_LEVELS - 1
+    lists = parents + (bg * tiles + tile) * (NUM_LEVELS - 1) * _M
 
-        parent = index >> LOG_FACTOR
-        mine = lists + level * _M  # for the coarsest level this list does not exist
-        below_top = inside & (level < NUM_LEVELS - 1)
-        at = _count_below(mine, parent, below_top)
-        chosen = (level == NUM_LEVELS - 1) | _contains(mine, at, parent, below_top)
+    slot = block * BLOCK + tl.arange(0, BLOCK)  # which one of its level, in this tile
+    inside = slot < tl.where(coarsest, per_tile, _M * FACTOR)
+    parent = tl.load(lists + level * _M + (slot >> LOG_FACTOR), mask=inside & (level < NUM_LEVELS - 1), other=0)
+    index = tl.where(coarsest, tile * per_tile + slot, parent * FACTOR + (slot & (FACTOR - 1)))
 
-        # Entries before this one in the order, itself included, level by level.
-        end = (index + 1) << (LOG_FACTOR * level)
-        place = tile * selected // tiles - 1
-        for other in tl.static_range(NUM_LEVELS):
-            # At its own level and finer ones, entries that end no later; at coarser ones, those that end before.
-            before = tl.where(other <= level, end, end - 1) >> (LOG_FACTOR * other)
-            if other == NUM_LEVELS - 1:
-                place += before - tile * per_tile
-            else:
-                whole = before >> LOG_FACTOR
-                count = _count_below(lists + other * _M, whole, inside)
-                part = _contains(lists + other * _M, count, whole, inside)
-                place += count * FACTOR + tl.where(part, before & (FACTOR - 1), 0)
+    # Entries before this one in the order, level by level.
+    end = (index + 1) << (LOG_FACTOR * level)
+    place = tile * (selected // tiles) + slot
+    offset = 0
+    for other in tl.static_range(NUM_LEVELS):
+        # At finer levels, entries that end no later; at coarser ones, those that end before.
+        before = tl.where(other < level, end, end - 1) >> (LOG_FACTOR * other)
+        if other == NUM_LEVELS - 1:
+            count = before - tile * per_tile
+        else:
+            whole = before >> LOG_FACTOR
+            at = _count_below(lists + other * _M, whole, inside)
+            part = _contains(lists + other * _M, at, whole, inside)
+            count = at * FACTOR + tl.where(part, before & (FACTOR - 1), 0)
+            offset += tl.where(other < level, seq_len >> (LOG_FACTOR * other), 0)
+        place += tl.where(other == level, 0, count)
 
-        tl.store(place_out + bg * num_entries + offset + index, tl.where(chosen, place, -1), mask=inside)
-        chosen = chosen & inside
-        to = bg * selected + place
-        tl.store(level_out + to, (index * 0 + level).to(tl.int8), mask=chosen)
-        tl.store(index_out + to, index, mask=chosen)
-        tl.store(entry_out + to, offset + index, mask=chosen)
+    tl.store(place_out + bg * num_entries + offset + index, place, mask=inside)
+    to = bg * selected + place
+    tl.store(level_out + to, (index * 0 + level).to(tl.int8), mask=inside)
+    tl.store(index_out + to, index, mask=inside)
+    tl.store(entry_out + to, offset + index, mask=inside)
 
 
 @torch.library.custom_op("lighthouse::order_entries", mutates_args=())
@@ -199,8 +205,9 @@ def order_entries(
     outputs = _empty_selection(parents, seq_len, num_levels, pooling_factor)
     batch, groups, tiles = parents.shape[:3]
     per_tile = level_lengths(seq_len, num_levels, pooling_factor)[-1] // tiles
-    blocks = triton.cdiv(seq_len, BLOCK_ENTRIES)
-    _order_kernel[(blocks * batch * groups, num_levels)](
+    outputs[3].fill_(-1)
+    blocks = triton.cdiv(max(per_tile, PARENTS_PER_TILE * pooling_factor), BLOCK_ENTRIES)
+    _order_kernel[(blocks * tiles * batch * groups, num_levels)](
         parents.contiguous(), *outputs, seq_len, blocks, tiles, per_tile, outputs[0].shape[-1], outputs[3].shape[-1],
         NUM_LEVELS=num_levels, FACTOR=pooling_factor, LOG_FACTOR=log2(pooling_factor), BLOCK=BLOCK_ENTRIES,
     )  # fmt: skip

@@ -134,4 +134,5 @@ def test_an_explicit_backend_never_falls_back(monkeypatch):
         LighthouseConfig(backend="triton").resolve_backend("cpu")
     assert LighthouseConfig(backend="triton").resolve_backend("cuda") == "triton"
     assert LighthouseConfig(backend="torch").resolve_backend("cuda") == "torch"
-    assert LighthouseConfig().resolve_backend("cuda") == LighthouseConfig().resolve_backend("cpu") == "torch"
+    assert LighthouseConfig().resolve_backend("cuda") == "triton"
+    assert LighthouseConfig().resolve_backend("cpu") == LighthouseConfig().resolve_backend("meta") == "torch"

@@ -7,8 +7,8 @@ import pytest
 import torch
 from test_selection import make, random_rows
 
-from lighthouse import kernels, rows, select
-from lighthouse.pyramid import pool_scores
+from lighthouse import kernels, lighthouse_attention, rows, select
+from lighthouse.pyramid import level_lengths, pool_scores
 from lighthouse.scorers import norm_scores
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -34,13 +34,17 @@ def error_allowed(exact, magnitude, dtype):
 
 @pytest.mark.parametrize(
     ("dtype", "head_dim"),
-    [(torch.float32, 8), (torch.bfloat16, 32), (torch.float16, 80), (torch.bfloat16, 96), (torch.float64, 16)],
-)
+    [
+        (torch.float32, 8), (torch.bfloat16, 32), (torch.float16, 80), (torch.bfloat16, 96), (torch.float64, 16),
+        *[pytest.param(*case, marks=pytest.mark.gpu) for case in ((torch.bfloat16, 128), (torch.float16, 256))],
+        pytest.param(torch.float32, 64, marks=pytest.mark.gpu),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_rows_move_as_in_plain_torch(geometry, dtype, head_dim):
     """Both kernels, both shifts, means and sums; grouped heads; [B, N, H, D] in memory."""
     if INTERPRETED:  # slow: the other dtypes on the smaller geometries only, and rows just long enough to be masked
-        if geometry[0] > 2048 and dtype != torch.float32:
+        if (geometry[0] > 2048 and dtype != torch.float32) or head_dim in (64, 128, 256):
             pytest.skip("on a GPU only")
         head_dim = min(head_dim, 12)
     config, seq_len, entry, place = selection_of(geometry, groups=2)
@@ -136,3 +140,70 @@ def test_offsets_past_32_bits():
     spread = kernels.spread_rows(pooled, chosen.place, seq_len, *how, 1, False)
     last = rows.spread_rows(pooled[:, -1:], chosen.place[:, -1:], seq_len, *how, 1, False)
     torch.testing.assert_close(spread[:, -1:], last, rtol=torch.finfo(torch.bfloat16).eps, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="no GPU")
+@pytest.mark.parametrize("groups", [8, 2])
+def test_only_selected_rows_are_kept_for_the_backward(groups):
+    """Between forward and backward: gathered rows, the inner attention's output and row sums, and the selection.
+
+    Nothing has N rows of D, although N is eight times S here; query, key and value may be freed.
+    """
+    config, seq_len = make(32768, 3, 4, 256, backend="triton")
+    selected, heads, head_dim = config.selected_length(seq_len), 8, 128
+    leaves = [
+        torch.randn(1, seq_len, n, head_dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for n in (heads, groups, groups)
+    ]
+
+    def forward():
+        return lighthouse_attention(*(2 * leaf.transpose(1, 2) for leaf in leaves), config)
+
+    forward()  # what libraries allocate once
+    before = torch.cuda.memory_allocated()
+    out = forward()
+    kept = torch.cuda.memory_allocated() - before - out.numel() * out.element_size()
+    rows_kept = selected * head_dim * 2 * (2 * heads + 2 * groups)
+    entries = sum(level_lengths(seq_len, config.num_levels, config.pooling_factor))
+    assert 0 < kept <= rows_kept + 4 * heads * selected + groups * (9 * selected + 4 * entries) + 2**20
+    assert kept < out.numel() * out.element_size()  # less than one tensor of N rows
+    out.sum().backward()
+    assert all(leaf.grad.isfinite().all() for leaf in leaves)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="no GPU")
+@pytest.mark.parametrize("groups", [4, 2])
+def test_forward_and_backward_run_as_a_cuda_graph(groups):
+    """Nothing synchronises and no shape depends on data: a captured layer follows new inputs, to the bit."""
+    config, seq_len = make(8192, 3, 4, 128, backend="triton")
+    inputs, others = (
+        [
+            random_rows(1, seq_len, n, 64, seed=s + offset, dtype=torch.bfloat16, device="cuda").transpose(1, 2)
+            for s, n in enumerate((4, groups, groups))
+        ]
+        for offset in (0, 10)
+    )
+    inputs = [x.requires_grad_() for x in inputs]
+    grad = random_rows(1, 4, seq_len, 64, seed=20, dtype=torch.bfloat16, device="cuda")
+
+    def both_ways(rows):
+        out = lighthouse_attention(*rows, config)
+        return [out.detach(), *torch.autograd.grad(out, rows, grad)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            both_ways(inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = both_ways(inputs)
+    with torch.no_grad():
+        for x, other in zip(inputs, others, strict=True):
+            x.copy_(other)
+    graph.replay()
+    for got, want in zip(captured, both_ways([x.requires_grad_() for x in others]), strict=True):
+        assert torch.equal(got, want)

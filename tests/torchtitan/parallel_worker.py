@@ -16,9 +16,12 @@ from torch.distributed.tensor import DTensor  # noqa: E402
 from torchtitan.config import ConfigManager  # noqa: E402
 from torchtitan.distributed import ParallelDims  # noqa: E402
 from torchtitan.experiments.lighthouse import LighthouseTransformer, lighthouse_args, parallelize_lighthouse  # noqa: E402
+from torchtitan.experiments.lighthouse.loss import model_takes_labels  # noqa: E402
 
 
-def loss_of(model, tokens, labels, total):
+def loss_of(model, tokens, labels, total, in_model=False):
+    if in_model:
+        return model(tokens, labels=labels) / total
     return F.cross_entropy(model(tokens).flatten(0, 1), labels.flatten(), reduction="sum") / total
 
 
@@ -51,7 +54,8 @@ def main() -> None:
     tokens, labels = stream[:, :-1], stream[:, 1:]
     expected = loss_of(plain, tokens, labels, labels.numel())
     expected.backward()
-    loss = loss_of(model, tokens[rank : rank + 1], labels[rank : rank + 1], labels.numel())
+    own = slice(rank, rank + 1)
+    loss = loss_of(model, tokens[own], labels[own], labels.numel(), in_model=model_takes_labels(dims))
     loss.backward()
 
     total = loss.detach().clone()

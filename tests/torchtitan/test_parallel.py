@@ -10,7 +10,7 @@ FLOAT32 = flags({name: value for name, value in SMALL.items() if not name.starts
 @pytest.mark.parametrize(
     ("layout", "overrides"),
     [
-        ((1, 2, 1), []),
+        ((1, 2, 1), ["--parallelism.fsdp_reshard_after_forward=always"]),
         ((1, 1, 2), ["--parallelism.disable_loss_parallel"]),
         ((1, 1, 2), ["--parallelism.disable_loss_parallel", "--model.flavor=debug_gqa"]),
         ((2, 2, 1), ["--activation_checkpoint.mode=full"]),

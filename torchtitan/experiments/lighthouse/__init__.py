@@ -3,17 +3,17 @@
 Loaded by ``experimental.custom_import = "torchtitan.experiments.lighthouse"``.
 """
 
-from torchtitan.components.loss import build_cross_entropy_loss
 from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.components.optimizer import build_optimizers
-from torchtitan.components.validate import build_validator
 from torchtitan.distributed.pipeline_parallel import pipeline_llm
 from torchtitan.experiments.lighthouse.infra.parallelize import parallelize_lighthouse
+from torchtitan.experiments.lighthouse.loss import build_loss
 from torchtitan.experiments.lighthouse.metrics import build_metrics_processor
 from torchtitan.experiments.lighthouse.model.args import LighthouseModelArgs
 from torchtitan.experiments.lighthouse.model.model import LighthouseTransformer
 from torchtitan.experiments.lighthouse.text_datasets import register_datasets
 from torchtitan.experiments.lighthouse.tokenizer import build_tokenizer
+from torchtitan.experiments.lighthouse.validate import build_validator
 from torchtitan.hf_datasets.text_datasets import build_text_dataloader
 from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
@@ -45,7 +45,7 @@ def get_train_spec() -> TrainSpec:
         build_lr_schedulers_fn=build_lr_schedulers,
         build_dataloader_fn=build_text_dataloader,
         build_tokenizer_fn=build_tokenizer,
-        build_loss_fn=build_cross_entropy_loss,
+        build_loss_fn=build_loss,
         build_validator_fn=build_validator,
         build_metrics_processor_fn=build_metrics_processor,
         state_dict_adapter=Llama3StateDictAdapter,

@@ -12,6 +12,7 @@ use_cpu_without_accelerator()
 import math
 import os
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ import torchtitan.train as upstream
 from torch import Tensor
 from torchtitan.config import JobConfig
 from torchtitan.distributed import utils as dist_utils
+from torchtitan.experiments.lighthouse.loss import model_takes_labels
 from torchtitan.experiments.lighthouse.metrics import stage_of
 from torchtitan.tools.logging import logger
 
@@ -28,6 +30,20 @@ class LighthouseTrainer(upstream.Trainer):
         self._losses: list[Tensor] = []
         super().__init__(job_config)
         self.optimizers.register_step_pre_hook(self._stop_on_nonfinite)
+        if self.parallel_dims.world_size == 1:
+            # FSDP sets the precision here too (infra/parallelize.py); upstream would have added autocast.
+            self.maybe_enable_amp = nullcontext()
+            if job_config.validation.enable:
+                self.validator.maybe_enable_amp = self.maybe_enable_amp
+
+    def post_dataloading_process(
+        self, input_dict: dict[str, Tensor], labels: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Any]]:
+        """Upstream's, with the labels among the model's arguments where it computes the loss itself."""
+        inputs, labels, extra_inputs, extra_kwargs = super().post_dataloading_process(input_dict, labels)
+        if model_takes_labels(self.parallel_dims):
+            extra_kwargs["labels"] = labels
+        return inputs, labels, extra_inputs, extra_kwargs
 
     def forward_backward_step(self, **kwargs: Any) -> Tensor:
         loss = super().forward_backward_step(**kwargs)

@@ -1,16 +1,82 @@
-"""Upstream's Llama 3 with Lighthouse around the inner attention of chosen layers."""
+"""Upstream's Llama 3 with Lighthouse around the inner attention of chosen layers.
 
+Parameters and state dict are upstream's. Two parts are computed in another way, to the same numbers: the rotary
+embedding in real arithmetic, which the compiler fuses (complex arithmetic it does not), and, where labels are given,
+the loss chunk by chunk.
+"""
+
+import torch
+from torch import Tensor
+from torchtitan.experiments.lighthouse.loss import OutputProjection
 from torchtitan.experiments.lighthouse.model.args import LighthouseModelArgs
 from torchtitan.models.llama3 import Transformer
+from torchtitan.models.llama3.model.model import Attention
+from torchtitan.protocols.model import AttentionMasksType
 
 from lighthouse import LighthouseAttention
 
 
 class LighthouseTransformer(Transformer):
-    """Parameters and state dict are those of ``Transformer``, whether Lighthouse is on or off."""
+    """``Transformer``, whether Lighthouse is on or off."""
 
     def __init__(self, model_args: LighthouseModelArgs) -> None:
         super().__init__(model_args)
+        for block in self.layers.values():
+            block.attention = FusedRotaryAttention(model_args)
         for layer in model_args.lighthouse_layers:
             attention = self.layers[str(layer)].attention
             attention.inner_attention = LighthouseAttention(model_args.lighthouse, attention.inner_attention)
+        self.output = OutputProjection(model_args.dim, model_args.vocab_size)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        attention_masks: AttentionMasksType | None = None,
+        positions: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """Tokens [B, N] to logits [B, N, V] as upstream, or, with labels [B, N], to the summed loss, a scalar."""
+        if labels is None:
+            return super().forward(tokens, attention_masks, positions)
+        hidden = self.tok_embeddings(tokens)
+        for layer in self.layers.values():
+            hidden = layer(hidden, self.freqs_cis, attention_masks=attention_masks, positions=positions)
+        return self.output(self.norm(hidden), labels)
+
+
+class FusedRotaryAttention(Attention):
+    """Upstream's attention layer, its rotary embedding as ``rotate`` computes it."""
+
+    def forward(
+        self,
+        x: Tensor,
+        freqs_cis: Tensor,
+        attention_masks: AttentionMasksType | None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """[B, N, dim] to [B, N, dim]; arguments as upstream's, without masks."""
+        assert attention_masks is None, "Lighthouse models are causal: upstream builds no masks for them"
+        # -1: under tensor parallelism these are the rank's own heads.
+        query, key, value = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        angles = torch.view_as_real(freqs_cis)
+        angles = angles[None, : x.shape[1]] if positions is None else angles[positions]
+        query, key = (rotate(rows, angles) for rows in (query, key))
+        heads = (rows.transpose(1, 2) for rows in (query, key, value))
+        out = self.inner_attention(*heads, enable_gqa=self.enable_gqa)
+        return self.wo(out.transpose(1, 2).flatten(2))
+
+
+def rotate(rows: Tensor, angles: Tensor) -> Tensor:
+    """The rotary embedding: each pair of neighbouring columns turned by its angle.
+
+    Args:
+        rows: [B, N, H, D].
+        angles: [B or 1, N, D/2, 2] float32, their cosines and sines.
+
+    Returns:
+        [B, N, H, D] in the dtype of ``rows``, computed in float32.
+    """
+    cos, sin = angles[:, :, None].unbind(-1)
+    even, odd = rows.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    return turned.flatten(-2).to(rows.dtype)

@@ -1,0 +1,155 @@
+#!/usr/bin/env python
+"""Whole training steps: tokens per second and device, and peak memory, dense beside Lighthouse.
+
+    python benchmarks/bench_train.py --nproc 2 -- --training.dataset c4_local --training.dataset_path FOLDER
+    python benchmarks/bench_train.py --nproc 1 --runs 1m -- …
+
+Every run is the trainer itself, started by torchrun on a file of train_configs with the overrides below and those after
+``--``; one sequence a device, no checkpoints. Rates are medians over the steps after the warm-up, memory is the peak
+that the allocator reserved. Writes train.csv, train.md and each run's log and metrics. Nothing is reported if the
+kernels do not agree with the plain-torch path.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+from bench_attention import check
+from torchtitan.experiments.lighthouse.metrics import METRICS_FILE, read_metrics
+
+from lighthouse import LighthouseConfig
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+WARM_UP = 4
+
+NO_CHECKPOINTING = ("--activation_checkpoint.mode=none",)
+
+#: Name to config file and overrides. A run whose name ends in "dense" is what those before the next one compare with.
+RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "98k dense": ("530m_dense.toml", NO_CHECKPOINTING),
+    "98k": ("530m_stage1.toml", NO_CHECKPOINTING),
+    "98k full checkpointing": ("530m_stage1.toml", ()),
+    "98k selective checkpointing": (
+        "530m_stage1.toml",
+        ("--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=op"),
+    ),
+    "98k dilated": ("530m_stage1.toml", (*NO_CHECKPOINTING, "--lighthouse.scorer=dilated", "--lighthouse.dilation=4")),
+    "98k plain torch": ("530m_stage1.toml", ("--lighthouse.backend=torch",)),
+    "1m": (
+        "530m_stage1.toml",
+        (
+            *("--training.seq_len=1048576", "--lighthouse.layers=0--1", "--lighthouse.num_levels=4"),
+            "--lighthouse.top_k=4096",
+        ),
+    ),
+}
+
+
+@dataclass
+class Row:
+    """One run: tokens per second and device, GiB, and the losses of the first and the last step."""
+
+    name: str
+    tokens_per_second: float
+    memory_gib: float
+    first_loss: float
+    last_loss: float
+
+
+def measure(name: str, options: argparse.Namespace) -> Row | None:
+    """Train for a few steps; None if the run failed, whose log then says why."""
+    config, overrides = RUNS[name]
+    folder = options.output / name.replace(" ", "-")
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.nproc}"),
+        *("-m", "torchtitan.experiments.lighthouse.train"),
+        *("--job.config_file", str(REPOSITORY / "train_configs" / config), f"--job.dump_folder={folder}"),
+        *(f"--training.steps={options.steps}", f"--training.global_batch_size={options.nproc}"),
+        *("--metrics.log_freq=1", "--metrics.no-enable_tensorboard", "--checkpoint.no-enable"),
+        *overrides, *options.overrides,
+    ]  # fmt: skip
+    (folder / METRICS_FILE).unlink(missing_ok=True)
+    with (folder / "log.txt").open("w") as log:
+        try:
+            code = subprocess.run(command, stdout=log, stderr=log, timeout=options.timeout).returncode
+        except subprocess.TimeoutExpired:
+            code = "too slow"
+    metrics = folder / METRICS_FILE
+    steps = read_metrics(metrics) if metrics.exists() else []
+    if code != 0 or len(steps) <= WARM_UP:
+        print(f"{name}: failed ({code}), see {folder / 'log.txt'}", flush=True)
+        return None
+    row = Row(
+        name,
+        statistics.median(step["tokens_per_second"] for step in steps[WARM_UP:]),
+        max(step["memory_gib"] for step in steps),
+        steps[0]["loss"],
+        steps[-1]["loss"],
+    )
+    print(f"{name:28} {row.tokens_per_second:9,.0f} tokens/s/GPU {row.memory_gib:7.1f} GiB", flush=True)
+    return row
+
+
+def report(rows: list[Row], options: argparse.Namespace) -> str:
+    lines = [
+        f"{options.nproc} × {torch.cuda.get_device_name()}, torch {torch.__version__}, "
+        f"cuDNN {torch.backends.cudnn.version()}, Triton {triton.__version__}; {options.steps} steps, one sequence a "
+        "device.",
+        "",
+        "| run | tokens/s/GPU | × dense | peak GiB | loss, first and last step |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    dense = None
+    for row in rows:
+        dense = row if row.name.endswith("dense") else dense
+        same_context = dense is not None and dense.name.split()[0] == row.name.split()[0]
+        ratio = f"{row.tokens_per_second / dense.tokens_per_second:.2f}" if same_context else ""
+        lines.append(
+            f"| {row.name} | {row.tokens_per_second:,.0f} | {ratio} | {row.memory_gib:.1f} "
+            f"| {row.first_loss:.3f}, {row.last_loss:.3f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    overrides = []
+    if "--" in arguments:
+        at = arguments.index("--")
+        arguments, overrides = arguments[:at], arguments[at + 1 :]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), metavar="RUN", help=", ".join(RUNS))
+    parser.add_argument("--nproc", type=int, default=max(1, torch.cuda.device_count()), help="devices; default: all")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--timeout", type=float, default=1200, help="seconds before a run is given up")
+    parser.add_argument("--output", type=Path, default=Path("outputs/bench_train"))
+    options = parser.parse_args(arguments, argparse.Namespace(overrides=overrides))
+    if not torch.cuda.is_available():
+        raise SystemExit("bench_train: needs a GPU")
+    if options.steps <= WARM_UP:
+        raise SystemExit(f"bench_train: --steps {options.steps}: must be above {WARM_UP}, the steps of the warm-up")
+    check(LighthouseConfig(top_k=128))
+    torch.cuda.empty_cache()
+    rows = [row for name in options.runs if (row := measure(name, options))]
+    if not rows:
+        raise SystemExit("bench_train: no run succeeded")
+    with (options.output / "train.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, asdict(rows[0]))
+        writer.writeheader()
+        writer.writerows(map(asdict, rows))
+    text = report(rows, options)
+    (options.output / "train.md").write_text(text, encoding="utf-8")
+    print("\n" + text)
+
+
+if __name__ == "__main__":
+    main()
