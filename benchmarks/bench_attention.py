@@ -102,6 +102,7 @@ def captured(run: Callable[[], object]) -> Callable[[], object]:
 
 
 def measure_layer(seq_len: int, config: LighthouseConfig, names: set[str]) -> list[Row]:
+    torch.compiler.reset()
     selected = config.selected_length(seq_len)
     torch_config, triton_config = (replace(config, backend=backend) for backend in ("torch", "triton"))
 

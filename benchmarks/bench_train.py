@@ -120,6 +120,14 @@ def report(rows: list[Row], options: argparse.Namespace) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write(rows: list[Row], options: argparse.Namespace) -> None:
+    with (options.output / "train.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, asdict(rows[0]))
+        writer.writeheader()
+        writer.writerows(map(asdict, rows))
+    (options.output / "train.md").write_text(report(rows, options), encoding="utf-8")
+
+
 def main() -> None:
     arguments = sys.argv[1:]
     overrides = []
@@ -139,16 +147,14 @@ def main() -> None:
         raise SystemExit(f"bench_train: --steps {options.steps}: must be above {WARM_UP}, the steps of the warm-up")
     check(LighthouseConfig(top_k=128))
     torch.cuda.empty_cache()
-    rows = [row for name in options.runs if (row := measure(name, options))]
+    rows = []
+    for name in options.runs:
+        if row := measure(name, options):
+            rows.append(row)
+            write(rows, options)
     if not rows:
         raise SystemExit("bench_train: no run succeeded")
-    with (options.output / "train.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, asdict(rows[0]))
-        writer.writeheader()
-        writer.writerows(map(asdict, rows))
-    text = report(rows, options)
-    (options.output / "train.md").write_text(text, encoding="utf-8")
-    print("\n" + text)
+    print("\n" + report(rows, options))
 
 
 if __name__ == "__main__":
