@@ -30,6 +30,9 @@ from lighthouse import LighthouseConfig
 REPOSITORY = Path(__file__).resolve().parents[1]
 WARM_UP = 4
 
+#: Steps between two readings: as in real runs, the host need not wait for the device after each.
+LOG_FREQ = 4
+
 NO_CHECKPOINTING = ("--activation_checkpoint.mode=none",)
 
 #: Name to config file and overrides. A run whose name ends in "dense" is what those before the next one compare with.
@@ -74,7 +77,7 @@ def measure(name: str, options: argparse.Namespace) -> Row | None:
         *("-m", "torchtitan.experiments.lighthouse.train"),
         *("--job.config_file", str(REPOSITORY / "train_configs" / config), f"--job.dump_folder={folder}"),
         *(f"--training.steps={options.steps}", f"--training.global_batch_size={options.nproc}"),
-        *("--metrics.log_freq=1", "--metrics.no-enable_tensorboard", "--checkpoint.no-enable"),
+        *(f"--metrics.log_freq={LOG_FREQ}", "--metrics.no-enable_tensorboard", "--checkpoint.no-enable"),
         *overrides, *options.overrides,
     ]  # fmt: skip
     (folder / METRICS_FILE).unlink(missing_ok=True)
@@ -85,12 +88,13 @@ def measure(name: str, options: argparse.Namespace) -> Row | None:
             code = "too slow"
     metrics = folder / METRICS_FILE
     steps = read_metrics(metrics) if metrics.exists() else []
-    if code != 0 or len(steps) <= WARM_UP:
+    measured = [step for step in steps if step["step"] > WARM_UP]
+    if code != 0 or not measured:
         print(f"{name}: failed ({code}), see {folder / 'log.txt'}", flush=True)
         return None
     row = Row(
         name,
-        statistics.median(step["tokens_per_second"] for step in steps[WARM_UP:]),
+        statistics.median(step["tokens_per_second"] for step in measured),
         max(step["memory_gib"] for step in steps),
         steps[0]["loss"],
         steps[-1]["loss"],
@@ -137,14 +141,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), metavar="RUN", help=", ".join(RUNS))
     parser.add_argument("--nproc", type=int, default=max(1, torch.cuda.device_count()), help="devices; default: all")
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--timeout", type=float, default=1200, help="seconds before a run is given up")
     parser.add_argument("--output", type=Path, default=Path("outputs/bench_train"))
     options = parser.parse_args(arguments, argparse.Namespace(overrides=overrides))
     if not torch.cuda.is_available():
         raise SystemExit("bench_train: needs a GPU")
-    if options.steps <= WARM_UP:
-        raise SystemExit(f"bench_train: --steps {options.steps}: must be above {WARM_UP}, the steps of the warm-up")
+    if options.steps < WARM_UP + LOG_FREQ:
+        raise SystemExit(f"bench_train: --steps {options.steps}: must be at least {WARM_UP + LOG_FREQ}")
     check(LighthouseConfig(top_k=128))
     torch.cuda.empty_cache()
     rows = []

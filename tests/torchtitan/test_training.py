@@ -74,17 +74,28 @@ def test_fsdp_trains_validates_and_resumes(tmp_path):
     assert_same_position(ours, theirs, 2)
 
 
-@pytest.mark.parametrize("nproc", [1, 2])
-def test_a_nonfinite_loss_stops_the_run_before_it_spoils_anything(nproc, tmp_path):
+@pytest.mark.parametrize(("nproc", "log_freq"), [(1, 1), (2, 1), (1, 100)])
+def test_a_nonfinite_loss_stops_the_run_before_it_is_saved(nproc, log_freq, tmp_path):
+    """Also where steps are not logged, and so not waited for: then the save waits."""
     result = train(
         tmp_path, nproc, check=False, training__steps="5", optimizer__lr="1e30", lr_scheduler__warmup_steps="0",
-        checkpoint__interval="1",
+        checkpoint__interval="1", metrics__log_freq=str(log_freq),
     )  # fmt: skip
     assert result.returncode != 0
     output = result.stdout + result.stderr
-    assert "FloatingPointError: step 2: loss" in output and "Stopped before the optimizer step" in output
+    assert "FloatingPointError: step 2: " in output and "Nothing was saved after step 1" in output
     assert sorted(path.name for path in (tmp_path / "checkpoint").iterdir()) == ["step-1"]
     assert list(losses(tmp_path)) == [1]
+
+
+def test_a_nonfinite_loss_stops_a_run_that_neither_logs_nor_saves(tmp_path):
+    """A step late."""
+    result = train(
+        tmp_path, check=False, training__steps="5", optimizer__lr="1e30", lr_scheduler__warmup_steps="0",
+        metrics__log_freq="100",
+    )  # fmt: skip
+    assert result.returncode != 0 and "FloatingPointError: step 2: " in result.stdout + result.stderr
+    assert not (tmp_path / "checkpoint").exists()
 
 
 def test_a_stage_2_that_loads_nothing_is_an_error(tmp_path):

@@ -59,13 +59,12 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, of_chun
 
 def loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Logits [R, V] and labels [R] to the summed cross-entropy and its gradient, [R, V] in the logits' dtype."""
-    exact = logits.to(_at_least_float32(logits.dtype))
+    log_probability = logits.to(_at_least_float32(logits.dtype)).log_softmax(-1)
     counts = (labels != IGNORE_INDEX)[:, None]
     label = labels[:, None].clamp(min=0)
-    log_total = exact.logsumexp(-1, keepdim=True)
-    loss = (log_total - exact.gather(-1, label)).where(counts, 0).sum()
+    loss = -log_probability.gather(-1, label).where(counts, 0).sum()
     hit = torch.arange(logits.shape[-1], device=logits.device) == label
-    grad = ((exact - log_total).exp() - hit.to(exact.dtype)).where(counts, 0)
+    grad = (log_probability.exp() - hit.to(log_probability.dtype)).where(counts, 0)
     return loss, grad.to(logits.dtype)
 
 

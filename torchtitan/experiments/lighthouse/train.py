@@ -1,6 +1,6 @@
 """The Lighthouse trainer: ``torchrun … -m torchtitan.experiments.lighthouse.train --job.config_file FILE.toml``.
 
-Upstream's trainer, which also runs on CPU, stops before a step that would spoil the weights, and says where a run
+Upstream's trainer, which also runs on CPU, stops before it saves weights that are not finite, and says where a run
 comes from when it resumes. Every setting of the file can be given on the command line too (``--help`` lists them).
 """
 
@@ -28,8 +28,9 @@ from torchtitan.tools.logging import logger
 class LighthouseTrainer(upstream.Trainer):
     def __init__(self, job_config: JobConfig) -> None:
         self._losses: list[Tensor] = []
+        self._unchecked: tuple[int, Tensor, torch.Event | None] | None = None
         super().__init__(job_config)
-        self.optimizers.register_step_pre_hook(self._stop_on_nonfinite)
+        self.optimizers.register_step_pre_hook(self._before_optimizer_step)
         if self.parallel_dims.world_size == 1:
             # FSDP sets the precision here too (infra/parallelize.py); upstream would have added autocast.
             self.maybe_enable_amp = nullcontext()
@@ -50,28 +51,48 @@ class LighthouseTrainer(upstream.Trainer):
         self._losses.append(loss.detach())
         return loss
 
-    def _stop_on_nonfinite(self, *_: Any) -> None:
-        """Before the optimizer touches the weights, and so before any save: refuse a NaN or infinite loss or gradient.
+    def _before_optimizer_step(self, *_: Any) -> None:
+        """Send this step's loss and gradient norm on their way to the host, and look at those that have arrived.
 
-        Upstream has clipped by then. A non-finite norm is still seen: clipping multiplies every gradient by
+        Waiting for this step's would leave the device idle until the next batch is there. So it is done only where
+        upstream waits too, before a step is logged, and before anything is saved (``state_dict``).
+
+        Upstream has clipped by now. A non-finite norm is still seen: clipping multiplies every gradient by
         max_norm/norm, which leaves NaN wherever the norm came from.
         """
-        loss = torch.stack(self._losses).sum()
-        self._losses.clear()
-        if self.parallel_dims.dp_cp_enabled:
-            loss = dist_utils.dist_sum(loss, self.parallel_dims.get_optional_mesh("loss"))
         parameters = [p for part in self.model_parts for p in part.parameters()]
         norm = dist_utils.clip_grad_norm_(
             parameters, math.inf, foreach=True, pp_mesh=self.parallel_dims.get_optional_mesh("pp")
         )
-        loss, norm = float(loss), float(norm)
+        numbers = torch.stack([torch.stack(self._losses).sum(), norm]).to("cpu", non_blocking=True)
+        self._losses.clear()
+        arrived = None if self.device.type == "cpu" else torch.Event(self.device)
+        if arrived is not None:
+            arrived.record()
+        previous, self._unchecked = self._unchecked, (self.step, numbers, arrived)
+        self._refuse_nonfinite(previous)
+        if self.metrics_processor.should_log(self.step):
+            self._refuse_nonfinite(self._unchecked)
+
+    def _refuse_nonfinite(self, unchecked: tuple[int, Tensor, torch.Event | None] | None) -> None:
+        if unchecked is None:
+            return
+        step, numbers, arrived = unchecked
+        if arrived is not None:
+            arrived.synchronize()
+        loss, norm = numbers.tolist()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FloatingPointError(
-                f"step {self.step}: loss {loss}, gradient norm {norm}: must be finite. Stopped before the optimizer "
-                f"step; nothing was saved after step {self.step - 1}. The same command resumes from the last "
-                f"checkpoint in {self._checkpoint_folder()}; a lower optimizer.lr or a longer "
-                "lr_scheduler.warmup_steps is the usual remedy."
+                f"step {step}: this rank's share of the loss {loss}, gradient norm {norm}: must be finite. Nothing was "
+                f"saved after step {step - 1}. The same command resumes from the last checkpoint in "
+                f"{self._checkpoint_folder()}; a lower optimizer.lr or a longer lr_scheduler.warmup_steps is the usual "
+                "remedy."
             )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the trainer; asked for before every save, and so the place to refuse one."""
+        self._refuse_nonfinite(self._unchecked)
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
