@@ -154,7 +154,7 @@ def measure_kernels(seq_len: int, config: LighthouseConfig) -> list[tuple[str, f
     long_bytes, short_bytes = (HEADS * n * HEAD_DIM * 2 / 1e9 for n in (seq_len, selected))
     place_bytes, entry_bytes = chosen.place.numel() * 4 / 1e9, chosen.entry.numel() * 9 / 1e9
     score_bytes, parent_bytes = scores[0].numel() * 8 / 1e9, parents.numel() * 4 / 1e9
-    shape = (num_levels, p)
+    shape, maps = (num_levels, p), (chosen.entry, chosen.place)
     work: dict[str, tuple[Callable[[], object], float]] = {
         "copy of one tensor (the ceiling)": (lambda: grad.clone(), 2 * long_bytes),
         "norm_scores": (lambda: kernels.norm_scores(query, key, p), 2 * long_bytes + score_bytes),
@@ -167,19 +167,19 @@ def measure_kernels(seq_len: int, config: LighthouseConfig) -> list[tuple[str, f
             parent_bytes + place_bytes + entry_bytes,
         ),
         "pool_rows, gather": (
-            lambda: kernels.pool_rows(query, chosen.place, selected, *shape, 0, True),
+            lambda: kernels.pool_rows(query, *maps, *shape, 0, True),
             long_bytes + short_bytes + place_bytes,
         ),
         "spread_rows, gather's backward": (
-            lambda: kernels.spread_rows(short, chosen.place, seq_len, *shape, 0, True),
+            lambda: kernels.spread_rows(short, *maps, seq_len, *shape, 0, True),
             long_bytes + short_bytes + place_bytes,
         ),
         "spread_rows, scatter-back": (
-            lambda: kernels.spread_rows(short, chosen.place, seq_len, *shape, 1, False),
+            lambda: kernels.spread_rows(short, *maps, seq_len, *shape, 1, False),
             long_bytes + short_bytes + place_bytes,
         ),
         "pool_rows, scatter-back's backward": (
-            lambda: kernels.pool_rows(grad, chosen.place, selected, *shape, 1, False),
+            lambda: kernels.pool_rows(grad, *maps, *shape, 1, False),
             long_bytes + short_bytes + place_bytes,
         ),
     }

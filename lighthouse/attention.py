@@ -1,22 +1,19 @@
 """Lighthouse Attention: select, gather, attend, scatter back (Peng, Ghosh, Quesnelle, arXiv 2605.06554).
 
-``lighthouse_attention`` reads like the algorithm. Below it stand the two stages that move rows, with their backwards.
+``lighthouse_attention`` reads like the algorithm. Below it stand the two stages that move rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from types import ModuleType
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import lighthouse.rows
 from lighthouse.config import LighthouseConfig
-from lighthouse.rows import pool_rows, spread_rows
 from lighthouse.selection import Selection, check_shapes, kernels, select
 
 #: Causal attention over [B, H, S, D] and [B, G, S, D]; called with ``enable_gqa=True`` where G < H.
@@ -115,8 +112,9 @@ def pool_and_gather(rows: Tensor, selection: Selection, config: LighthouseConfig
     Returns:
         [B, H, S, D] in the dtype of ``rows``.
     """
-    mover = RowMover.of(config, rows, rows.shape[2], shift=0, mean=True)
-    return _PoolRows.apply(rows, selection.entry, selection.place, mover)
+    return _movement(rows, config).pool_rows(
+        rows, selection.entry, selection.place, config.num_levels, config.pooling_factor, shift=0, mean=True
+    )
 
 
 def scatter_back(rows: Tensor, selection: Selection, seq_len: int, config: LighthouseConfig) -> Tensor:
@@ -130,64 +128,14 @@ def scatter_back(rows: Tensor, selection: Selection, seq_len: int, config: Light
     Returns:
         [B, H, N, D] in the dtype of ``rows``.
     """
-    mover = RowMover.of(config, rows, seq_len, shift=1, mean=False)
-    return _SpreadRows.apply(rows, selection.entry, selection.place, mover)
+    return _movement(rows, config).spread_rows(
+        rows, selection.entry, selection.place, seq_len, config.num_levels, config.pooling_factor, shift=1, mean=False
+    )
 
 
-@dataclass(frozen=True)
-class RowMover:
-    """Rows between the sequence and the selected entries, by either backend (``lighthouse.rows`` says how)."""
-
-    backend: str
-    seq_len: int
-    num_levels: int
-    factor: int
-    shift: int
-    mean: bool
-
-    @classmethod
-    def of(cls, config: LighthouseConfig, rows: Tensor, seq_len: int, *, shift: int, mean: bool) -> RowMover:
-        backend = config.resolve_backend(rows.device.type)
-        return cls(backend, seq_len, config.num_levels, config.pooling_factor, shift, mean)
-
-    def pool(self, rows: Tensor, entry: Tensor, place: Tensor) -> Tensor:
-        """[B, H, N, D] to [B, H, S, D]."""
-        how = (self.num_levels, self.factor, self.shift, self.mean)
-        if self.backend == "triton":
-            return kernels().pool_rows(rows, place, entry.shape[-1], *how)
-        return pool_rows(rows, entry, *how)
-
-    def spread(self, rows: Tensor, place: Tensor) -> Tensor:
-        """[B, H, S, D] to [B, H, N, D]: the transpose of ``pool``."""
-        how = (self.num_levels, self.factor, self.shift, self.mean)
-        move = kernels().spread_rows if self.backend == "triton" else spread_rows
-        return move(rows, place, self.seq_len, *how)
-
-
-class _PoolRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, entry: Tensor, place: Tensor, mover: RowMover) -> Tensor:
-        ctx.save_for_backward(place)
-        ctx.mover = mover
-        return mover.pool(rows, entry, place)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.mover.spread(grad, *ctx.saved_tensors), None, None, None
-
-
-class _SpreadRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, entry: Tensor, place: Tensor, mover: RowMover) -> Tensor:
-        ctx.save_for_backward(entry, place)
-        ctx.mover = mover
-        return mover.spread(rows, place)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.mover.pool(grad, *ctx.saved_tensors), None, None, None
+def _movement(rows: Tensor, config: LighthouseConfig) -> ModuleType:
+    """The backend that moves rows: ``lighthouse.rows`` or its Triton twin, differentiable both."""
+    return kernels() if config.resolve_backend(rows.device.type) == "triton" else lighthouse.rows
 
 
 def _check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:

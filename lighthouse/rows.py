@@ -7,19 +7,25 @@ map both are gathers. Sums accumulate in float32 (float64 for float64 inputs) an
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lighthouse.pyramid import accumulation_dtype, level_lengths, level_offsets, pool_levels
 
 
-def pool_rows(rows: Tensor, entry: Tensor, num_levels: int, factor: int, shift: int, mean: bool) -> Tensor:
-    """Reduce every selected entry's window of ``rows`` to one row.
+def pool_rows(
+    rows: Tensor, entry: Tensor, place: Tensor, num_levels: int, factor: int, shift: int, mean: bool
+) -> Tensor:
+    """Reduce every selected entry's window of ``rows`` to one row; differentiable, by ``spread_rows``.
 
     Args:
         rows: [B, H, N, D].
-        entry: [B, G, S], numbers of the selected entries; each group serves its H/G heads.
+        entry: [B, G, S] int32, numbers of the selected entries; each group serves its H/G heads.
+        place: [B, G, E] int32, the inverse map.
         shift: 0 takes entry (ℓ, i) from window i: the positions it covers; 1 from the positions t with t + 1 in window
             i + 1: those from its last covered one on, clipped at N.
         mean: divide by the window's length.
@@ -27,6 +33,57 @@ def pool_rows(rows: Tensor, entry: Tensor, num_levels: int, factor: int, shift: 
     Returns:
         [B, H, S, D] in the dtype of ``rows``.
     """
+    return _PoolRows.apply(rows, entry, place, (num_levels, factor, shift, mean))
+
+
+def spread_rows(
+    rows: Tensor, entry: Tensor, place: Tensor, seq_len: int, num_levels: int, factor: int, shift: int, mean: bool
+) -> Tensor:
+    """Add up, for every position, the rows of the selected entries that have it in their window.
+
+    Differentiable, by ``pool_rows``.
+
+    Args:
+        rows: [B, H, S, D] in sequence order.
+        entry, place, shift, mean: as in ``pool_rows``.
+
+    Returns:
+        [B, H, N, D] in the dtype of ``rows``.
+    """
+    return _SpreadRows.apply(rows, entry, place, seq_len, (num_levels, factor, shift, mean))
+
+
+#: num_levels, factor, shift, mean.
+How = tuple[int, int, int, bool]
+
+
+class _PoolRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, entry: Tensor, place: Tensor, how: How) -> Tensor:
+        ctx.save_for_backward(place)
+        ctx.seq_len, ctx.how = rows.shape[2], how
+        return _pool(rows, entry, *how)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _spread(grad, *ctx.saved_tensors, ctx.seq_len, *ctx.how), None, None, None
+
+
+class _SpreadRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, entry: Tensor, place: Tensor, seq_len: int, how: How) -> Tensor:
+        ctx.save_for_backward(entry)
+        ctx.how = how
+        return _spread(rows, place, seq_len, *how)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _pool(grad, *ctx.saved_tensors, *ctx.how), None, None, None, None
+
+
+def _pool(rows: Tensor, entry: Tensor, num_levels: int, factor: int, shift: int, mean: bool) -> Tensor:
     lengths = level_lengths(rows.shape[2], num_levels, factor)
     if shift:
         # Shift down by a row and fill up to whole windows past the end; every level's window 0 is then of no use.
@@ -36,19 +93,7 @@ def pool_rows(rows: Tensor, entry: Tensor, num_levels: int, factor: int, shift: 
     return _take(torch.cat(pyramid, dim=2), entry)
 
 
-def spread_rows(
-    rows: Tensor, place: Tensor, seq_len: int, num_levels: int, factor: int, shift: int, mean: bool
-) -> Tensor:
-    """Add up, for every position, the rows of the selected entries that have it in their window.
-
-    Args:
-        rows: [B, H, S, D] in sequence order.
-        place: [B, G, E] int32, the selection's inverse map.
-        shift, mean: as in ``pool_rows``.
-
-    Returns:
-        [B, H, N, D] in the dtype of ``rows``.
-    """
+def _spread(rows: Tensor, place: Tensor, seq_len: int, num_levels: int, factor: int, shift: int, mean: bool) -> Tensor:
     position = torch.arange(seq_len, device=rows.device)
     total = None
     for level, offset in enumerate(level_offsets(seq_len, num_levels, factor)[:-1]):

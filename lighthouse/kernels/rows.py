@@ -9,6 +9,8 @@ Specification: the functions of the same names in ``lighthouse.rows``. Both read
 output row once.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -132,19 +134,10 @@ def _pool_kernel(
 
 @torch.library.custom_op("lighthouse::pool_rows", mutates_args=())
 def pool_rows(
-    rows: Tensor, place: Tensor, selected: int, num_levels: int, pooling_factor: int, shift: int, mean: bool
+    rows: Tensor, entry: Tensor, place: Tensor, num_levels: int, pooling_factor: int, shift: int, mean: bool
 ) -> Tensor:
-    """Reduce every selected entry's window of ``rows`` to one row.
-
-    Args:
-        rows: [B, H, N, D].
-        place: [B, G, E] int32, the selection's inverse map.
-        shift: 0 takes entry (ℓ, i) from window i; 1 from the positions t with t + 1 in window i + 1.
-        mean: divide by the window's length.
-
-    Returns:
-        [B, H, S, D] in the dtype of ``rows``, contiguous.
-    """
+    """``lighthouse.rows.pool_rows``; the result is contiguous."""
+    selected = entry.shape[-1]
     rows, place = with_contiguous_rows(rows), place.contiguous()
     batch, heads, seq_len, head_dim = rows.shape
     out = _empty_short(rows, selected)
@@ -182,9 +175,9 @@ def _empty_short(rows: Tensor, selected: int) -> Tensor:
 
 @pool_rows.register_fake
 def _(
-    rows: Tensor, place: Tensor, selected: int, num_levels: int, pooling_factor: int, shift: int, mean: bool
+    rows: Tensor, entry: Tensor, place: Tensor, num_levels: int, pooling_factor: int, shift: int, mean: bool
 ) -> Tensor:
-    return _empty_short(rows, selected)
+    return _empty_short(rows, entry.shape[-1])
 
 
 @triton.jit
@@ -224,19 +217,10 @@ def _spread_kernel(
 
 @torch.library.custom_op("lighthouse::spread_rows", mutates_args=())
 def spread_rows(
-    rows: Tensor, place: Tensor, seq_len: int, num_levels: int, pooling_factor: int, shift: int, mean: bool
-) -> Tensor:
-    """Add up, for every position, the rows of the selected entries above it.
-
-    Args:
-        rows: [B, H, S, D].
-        place: [B, G, E] int32, the selection's inverse map.
-        shift: 0 takes from each level the entry whose window holds t; 1 the one whose next window holds t + 1.
-        mean: weigh each level's rows by 1/p^ℓ.
-
-    Returns:
-        [B, H, N, D] in the dtype of ``rows``, stored as [B, N, H, D], in which attention modules go on.
-    """
+    rows: Tensor, entry: Tensor, place: Tensor, seq_len: int, num_levels: int, pooling_factor: int,
+    shift: int, mean: bool,
+) -> Tensor:  # fmt: skip
+    """``lighthouse.rows.spread_rows``; the result is stored as [B, N, H, D], in which attention modules go on."""
     rows, place = with_contiguous_rows(rows), place.contiguous()
     batch, heads, _, head_dim = rows.shape
     out = _empty_long(rows, seq_len)
@@ -259,6 +243,26 @@ def _empty_long(rows: Tensor, seq_len: int) -> Tensor:
 
 @spread_rows.register_fake
 def _(
-    rows: Tensor, place: Tensor, seq_len: int, num_levels: int, pooling_factor: int, shift: int, mean: bool
-) -> Tensor:
+    rows: Tensor, entry: Tensor, place: Tensor, seq_len: int, num_levels: int, pooling_factor: int,
+    shift: int, mean: bool,
+) -> Tensor:  # fmt: skip
     return _empty_long(rows, seq_len)
+
+
+def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    rows, entry, place, *_ = inputs
+    ctx.save_for_backward(entry, place)
+    ctx.seq_len, ctx.how = rows.shape[2], inputs[-4:]
+
+
+def _spread_back(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    entry, place = ctx.saved_tensors
+    return spread_rows(grad, entry, place, ctx.seq_len, *ctx.how), *[None] * 6
+
+
+def _pool_back(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return pool_rows(grad, *ctx.saved_tensors, *ctx.how), *[None] * 7
+
+
+pool_rows.register_autograd(_spread_back, setup_context=_setup)
+spread_rows.register_autograd(_pool_back, setup_context=_setup)

@@ -6,6 +6,7 @@ That everything is written shows because uninitialised memory is poisoned (conft
 import pytest
 import torch
 from test_selection import make, random_rows
+from torch.utils.checkpoint import checkpoint
 
 from lighthouse import kernels, lighthouse_attention, rows, select
 from lighthouse.pyramid import level_lengths, pool_scores
@@ -55,14 +56,14 @@ def test_rows_move_as_in_plain_torch(geometry, dtype, head_dim):
         how = (levels, p, shift, mean)
         for ours, exact, magnitude in (
             (
-                kernels.pool_rows(long, place, selected, *how),
-                rows.pool_rows(long.double(), entry, *how),
-                rows.pool_rows(long.double().abs(), entry, *how),
+                kernels.pool_rows(long, entry, place, *how),
+                rows.pool_rows(long.double(), entry, place, *how),
+                rows.pool_rows(long.double().abs(), entry, place, *how),
             ),
             (
-                kernels.spread_rows(short, place, seq_len, *how),
-                rows.spread_rows(short.double(), place, seq_len, *how),
-                rows.spread_rows(short.double().abs(), place, seq_len, *how),
+                kernels.spread_rows(short, entry, place, seq_len, *how),
+                rows.spread_rows(short.double(), entry, place, seq_len, *how),
+                rows.spread_rows(short.double().abs(), entry, place, seq_len, *how),
             ),
         ):
             assert ours.dtype == dtype
@@ -77,8 +78,8 @@ def test_pool_and_spread_are_each_others_transpose(geometry):
     short = random_rows(1, 1, entry.shape[-1], 4, seed=3, dtype=torch.float64, device=DEVICE)
     for shift, mean in ((0, True), (1, False)):
         how = (config.num_levels, config.pooling_factor, shift, mean)
-        pooled = kernels.pool_rows(long, place, entry.shape[-1], *how)
-        spread = kernels.spread_rows(short, place, seq_len, *how)
+        pooled = kernels.pool_rows(long, entry, place, *how)
+        spread = kernels.spread_rows(short, entry, place, seq_len, *how)
         torch.testing.assert_close((pooled * short).sum(), (long * spread).sum(), rtol=1e-10, atol=1e-8)
 
 
@@ -118,8 +119,8 @@ def test_operators_are_registered_properly():
         (kernels.norm_scores, (query, key, config.pooling_factor)),
         (kernels.pick_parents, (*scores, *how, config.num_tiles, True)),
         (kernels.order_entries, (parents, seq_len, *how)),
-        (kernels.pool_rows, (query, place, entry.shape[-1], *how, 0, True)),
-        (kernels.spread_rows, (short, place, seq_len, *how, 1, False)),
+        (kernels.pool_rows, (query.clone().requires_grad_(), entry, place, *how, 0, True)),
+        (kernels.spread_rows, (short.clone().requires_grad_(), entry, place, seq_len, *how, 1, False)),
     ):
         torch.library.opcheck(operator, arguments)
 
@@ -134,11 +135,11 @@ def test_offsets_past_32_bits():
     chosen = select(long, long, config)
     assert chosen.entry.shape[-1] == 65536
     how = (config.num_levels, config.pooling_factor)
-    pooled = kernels.pool_rows(long, chosen.place, 65536, *how, 0, True)
-    last = rows.pool_rows(long[:, -1:], chosen.entry[:, -1:], *how, 0, True)
+    pooled = kernels.pool_rows(long, chosen.entry, chosen.place, *how, 0, True)
+    last = rows.pool_rows(long[:, -1:], chosen.entry[:, -1:], chosen.place[:, -1:], *how, 0, True)
     torch.testing.assert_close(pooled[:, -1:], last, rtol=torch.finfo(torch.bfloat16).eps, atol=1e-6)
-    spread = kernels.spread_rows(pooled, chosen.place, seq_len, *how, 1, False)
-    last = rows.spread_rows(pooled[:, -1:], chosen.place[:, -1:], seq_len, *how, 1, False)
+    spread = kernels.spread_rows(pooled, chosen.entry, chosen.place, seq_len, *how, 1, False)
+    last = rows.spread_rows(pooled[:, -1:], chosen.entry[:, -1:], chosen.place[:, -1:], seq_len, *how, 1, False)
     torch.testing.assert_close(spread[:, -1:], last, rtol=torch.finfo(torch.bfloat16).eps, atol=1e-6)
 
 
@@ -207,3 +208,25 @@ def test_forward_and_backward_run_as_a_cuda_graph(groups):
     graph.replay()
     for got, want in zip(captured, both_ways([x.requires_grad_() for x in others]), strict=True):
         assert torch.equal(got, want)
+
+
+def test_full_checkpointing_keeps_only_the_input_when_compiled():
+    """The operators are recomputed like any other: the partitioner keeps none of their results."""
+    config, seq_len = make(1024, 3, 2, 128, backend="triton")
+    project = torch.nn.Linear(16, 16, bias=False, device=DEVICE)
+
+    def layer(x):
+        heads = project(x).unflatten(-1, (2, 8)).transpose(1, 2)
+        return project(lighthouse_attention(heads, 2 * heads, 3 * heads, config).transpose(1, 2).flatten(2))
+
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: checkpoint(layer, x, use_reentrant=False), backend="aot_eager", fullgraph=True)
+    x = torch.randn(1, seq_len, 16, device=DEVICE, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        out = compiled(x)
+    # Beside it the weight, and the generator's state that SDPA's dropout would need.
+    assert sum(t.numel() for t in kept if t.is_floating_point()) <= x.numel() + 2 * project.weight.numel()
+    (ours,) = torch.autograd.grad(out.sum(), x)
+    (plain,) = torch.autograd.grad(layer(x).sum(), x)
+    torch.testing.assert_close(ours, plain)
