@@ -34,23 +34,21 @@ WARM_UP = 4
 LOG_FREQ = 4
 
 NO_CHECKPOINTING = ("--activation_checkpoint.mode=none",)
+FULL_CHECKPOINTING = ("--activation_checkpoint.mode=full",)
 
 #: Name to config file and overrides. A run whose name ends in "dense" is what those before the next one compare with.
 RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
     "98k dense": ("530m_dense.toml", NO_CHECKPOINTING),
     "98k": ("530m_stage1.toml", NO_CHECKPOINTING),
-    "98k full checkpointing": ("530m_stage1.toml", ()),
-    "98k selective checkpointing": (
-        "530m_stage1.toml",
-        ("--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=op"),
-    ),
+    "98k full checkpointing": ("530m_stage1.toml", FULL_CHECKPOINTING),
+    "98k selective checkpointing": ("530m_stage1.toml", ()),
     "98k dilated": ("530m_stage1.toml", (*NO_CHECKPOINTING, "--lighthouse.scorer=dilated", "--lighthouse.dilation=4")),
-    "98k plain torch": ("530m_stage1.toml", ("--lighthouse.backend=torch",)),
+    "98k plain torch": ("530m_stage1.toml", ("--lighthouse.backend=torch", *FULL_CHECKPOINTING)),
     "1m": (
         "530m_stage1.toml",
         (
             *("--training.seq_len=1048576", "--lighthouse.layers=0--1", "--lighthouse.num_levels=4"),
-            "--lighthouse.top_k=4096",
+            *("--lighthouse.top_k=4096", *FULL_CHECKPOINTING),
         ),
     ),
 }
