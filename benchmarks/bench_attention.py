@@ -149,7 +149,7 @@ def measure_kernels(seq_len: int, config: LighthouseConfig) -> list[tuple[str, f
     num_levels, p, selected = config.num_levels, config.pooling_factor, config.selected_length(seq_len)
     chosen = select(query, key, config)
     scores = kernels.norm_scores(query, key, p)
-    parents = kernels.pick_parents(*scores, num_levels, p, config.num_tiles, config.cover_start)
+    parents = kernels.pick_parents(*scores, num_levels, p, config.num_tiles, 1)
     short = torch.randn(1, HEADS, selected, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
     long_bytes, short_bytes = (HEADS * n * HEAD_DIM * 2 / 1e9 for n in (seq_len, selected))
     place_bytes, entry_bytes = chosen.place.numel() * 4 / 1e9, chosen.entry.numel() * 9 / 1e9
@@ -159,7 +159,7 @@ def measure_kernels(seq_len: int, config: LighthouseConfig) -> list[tuple[str, f
         "copy of one tensor (the ceiling)": (lambda: grad.clone(), 2 * long_bytes),
         "norm_scores": (lambda: kernels.norm_scores(query, key, p), 2 * long_bytes + score_bytes),
         "pick_parents": (
-            lambda: kernels.pick_parents(*scores, *shape, config.num_tiles, config.cover_start),
+            lambda: kernels.pick_parents(*scores, *shape, config.num_tiles, 1),
             score_bytes + parent_bytes,
         ),
         "order_entries": (

@@ -1,15 +1,19 @@
-"""Lighthouse Attention in plain torch, for any trainer."""
+"""Lighthouse Attention, for any trainer."""
 
 from lighthouse.attention import LighthouseAttention, attend_selected, causal_attention, lighthouse_attention
 from lighthouse.config import LighthouseConfig
+from lighthouse.context_parallel import SequenceShards, ShardedLighthouseAttention, context_parallel_attention
 from lighthouse.selection import Selection, select
 
 __all__ = [
     "LighthouseAttention",
     "LighthouseConfig",
     "Selection",
+    "SequenceShards",
+    "ShardedLighthouseAttention",
     "attend_selected",
     "causal_attention",
+    "context_parallel_attention",
     "lighthouse_attention",
     "select",
 ]

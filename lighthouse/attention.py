@@ -43,7 +43,7 @@ def lighthouse_attention(
         ValueError: for shapes, dtypes or devices that do not fit together, an invalid geometry or a backend that is
             not available.
     """
-    _check_inputs(query, key, value)
+    check_inputs(query, key, value)
     config.resolve_backend(query.device.type)
     selection = select(query, key, config, value=value)
     return attend_selected(query, key, value, selection, config, attention=attention)
@@ -83,6 +83,9 @@ class LighthouseAttention(nn.Module):
             raise ValueError(
                 f"{query.shape[1]} query heads and {key.shape[1]} key/value heads: grouped heads need enable_gqa=True"
             )
+        return self.attend(query, key, value)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return lighthouse_attention(query, key, value, self.config, attention=self.attention)
 
     def extra_repr(self) -> str:
@@ -117,20 +120,24 @@ def pool_and_gather(rows: Tensor, selection: Selection, config: LighthouseConfig
     )
 
 
-def scatter_back(rows: Tensor, selection: Selection, seq_len: int, config: LighthouseConfig) -> Tensor:
+def scatter_back(
+    rows: Tensor, selection: Selection, seq_len: int, config: LighthouseConfig, halo: Tensor | None = None
+) -> Tensor:
     """Hand every entry's output to the p^ℓ positions from its last covered one on, adding levels up (section 5).
 
     Seen from the other side: position t takes from each level the one entry ⌊(t+1)/p^ℓ⌋ − 1, if it is selected.
 
     Args:
         rows: [B, H, S, D], the attention's output in sequence order.
+        halo: [B, H, L − 1, D], what the chunk before this one hands over (``lighthouse.context_parallel``).
 
     Returns:
         [B, H, N, D] in the dtype of ``rows``.
     """
     return _movement(rows, config).spread_rows(
-        rows, selection.entry, selection.place, seq_len, config.num_levels, config.pooling_factor, shift=1, mean=False
-    )
+        rows, selection.entry, selection.place, seq_len, config.num_levels, config.pooling_factor,
+        shift=1, mean=False, halo=halo,
+    )  # fmt: skip
 
 
 def _movement(rows: Tensor, config: LighthouseConfig) -> ModuleType:
@@ -138,7 +145,8 @@ def _movement(rows: Tensor, config: LighthouseConfig) -> ModuleType:
     return kernels() if config.resolve_backend(rows.device.type) == "triton" else lighthouse.rows
 
 
-def _check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
+def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Refuse tensors that do not fit together in shape, dtype or device."""
     check_shapes(query, key, value)
     for name, tensor in (("key", key), ("value", value)):
         if tensor.dtype != query.dtype or tensor.device != query.device:

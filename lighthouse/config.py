@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from lighthouse.pyramid import level_lengths
@@ -64,13 +64,17 @@ class LighthouseConfig:
         """T = k / m, the equal contiguous tiles that select on their own."""
         return self.top_k // PARENTS_PER_TILE
 
-    def validate(self, seq_len: int) -> None:
-        """Check that a sequence of ``seq_len`` tokens can be selected from.
+    def validate(self, seq_len: int, num_chunks: int = 1) -> None:
+        """Check that a sequence of ``seq_len`` tokens can be selected from, whole or in equal chunks (section 7).
 
         Raises:
             ValueError: naming the value, the rule it breaks and the nearest valid values.
         """
         p, levels, top_k, m = self.pooling_factor, self.num_levels, self.top_k, PARENTS_PER_TILE
+        if num_chunks > 1 and self.scorer != "norm":
+            raise ValueError(
+                f"scorer={self.scorer!r}: looks past the chunks of context parallelism; nearest valid value: 'norm'"
+            )
         if levels < 2:
             raise ValueError(f"num_levels={levels}: the pyramid needs at least 2; nearest valid value: 2")
         if p < 2 or p & (p - 1):
@@ -82,6 +86,13 @@ class LighthouseConfig:
         if isinstance(seq_len, bool) or not isinstance(seq_len, int) or seq_len < 1:
             raise ValueError(f"seq_len={seq_len!r}: must be a positive integer")
 
+        if self.num_tiles % num_chunks:
+            step = m * num_chunks
+            nearest = _either({max(step, top_k // step * step), -(-top_k // step) * step})
+            raise ValueError(
+                f"top_k={top_k}: must be a multiple of {m} for each of the {num_chunks} chunks of context parallelism, "
+                f"{step}; nearest valid values: {nearest}"
+            )
         lengths = _either(self._seq_lens_around(seq_len))
         span = p ** (levels - 1)
         if seq_len % span:
@@ -108,6 +119,10 @@ class LighthouseConfig:
                 f"dilation={self.dilation}: must divide seq_len={seq_len} for scorer={self.scorer!r}; "
                 f"nearest valid values: {nearest}"
             )
+
+    def of_chunk(self, num_chunks: int) -> LighthouseConfig:
+        """The settings of one of ``num_chunks`` equal chunks, which selects with its share of the tiles (section 7)."""
+        return replace(self, top_k=self.top_k // num_chunks)
 
     def selected_length(self, seq_len: int) -> int:
         """S = N/p^(L−1) + (L−1)·p·k, the rows that attention runs on, the same for every head.

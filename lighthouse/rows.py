@@ -37,7 +37,15 @@ def pool_rows(
 
 
 def spread_rows(
-    rows: Tensor, entry: Tensor, place: Tensor, seq_len: int, num_levels: int, factor: int, shift: int, mean: bool
+    rows: Tensor,
+    entry: Tensor,
+    place: Tensor,
+    seq_len: int,
+    num_levels: int,
+    factor: int,
+    shift: int,
+    mean: bool,
+    halo: Tensor | None = None,
 ) -> Tensor:
     """Add up, for every position, the rows of the selected entries that have it in their window.
 
@@ -46,11 +54,20 @@ def spread_rows(
     Args:
         rows: [B, H, S, D] in sequence order.
         entry, place, shift, mean: as in ``pool_rows``.
+        halo: [B, H, L − 1, D], with shift 1 only: the rows of the entries before each level's first, from level 1 on,
+            which belong to another chunk of the sequence; level ℓ's has the first p^ℓ − 1 positions in its window.
 
     Returns:
         [B, H, N, D] in the dtype of ``rows``.
     """
-    return _SpreadRows.apply(rows, entry, place, seq_len, (num_levels, factor, shift, mean))
+    return _SpreadRows.apply(rows, entry, place, seq_len, (num_levels, factor, shift, mean), halo)
+
+
+def halo_gradient(grad: Tensor, num_levels: int, factor: int) -> Tensor:
+    """The gradient of ``spread_rows`` in its halo: from [B, H, N, D] to [B, H, L − 1, D]."""
+    wide = accumulation_dtype(grad.dtype)
+    sums = [grad[:, :, : factor**level - 1].sum(dim=2, dtype=wide) for level in range(1, num_levels)]
+    return torch.stack(sums, dim=2).to(grad.dtype)
 
 
 #: num_levels, factor, shift, mean.
@@ -72,15 +89,18 @@ class _PoolRows(torch.autograd.Function):
 
 class _SpreadRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, entry: Tensor, place: Tensor, seq_len: int, how: How) -> Tensor:
+    def forward(
+        ctx: Any, rows: Tensor, entry: Tensor, place: Tensor, seq_len: int, how: How, halo: Tensor | None
+    ) -> Tensor:
         ctx.save_for_backward(entry)
-        ctx.how = how
-        return _spread(rows, place, seq_len, *how)
+        ctx.how, ctx.has_halo = how, halo is not None
+        return _spread(rows, place, seq_len, *how, halo)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _pool(grad, *ctx.saved_tensors, *ctx.how), None, None, None, None
+        halo_grad = halo_gradient(grad, *ctx.how[:2]) if ctx.has_halo else None
+        return _pool(grad, *ctx.saved_tensors, *ctx.how), None, None, None, None, halo_grad
 
 
 def _pool(rows: Tensor, entry: Tensor, num_levels: int, factor: int, shift: int, mean: bool) -> Tensor:
@@ -93,7 +113,16 @@ def _pool(rows: Tensor, entry: Tensor, num_levels: int, factor: int, shift: int,
     return _take(torch.cat(pyramid, dim=2), entry)
 
 
-def _spread(rows: Tensor, place: Tensor, seq_len: int, num_levels: int, factor: int, shift: int, mean: bool) -> Tensor:
+def _spread(
+    rows: Tensor,
+    place: Tensor,
+    seq_len: int,
+    num_levels: int,
+    factor: int,
+    shift: int,
+    mean: bool,
+    halo: Tensor | None = None,
+) -> Tensor:
     position = torch.arange(seq_len, device=rows.device)
     total = None
     for level, offset in enumerate(level_offsets(seq_len, num_levels, factor)[:-1]):
@@ -103,6 +132,8 @@ def _spread(rows: Tensor, place: Tensor, seq_len: int, num_levels: int, factor: 
         taken = _take_or_zero(rows, source)
         if mean:
             taken = taken / factor**level
+        if halo is not None and level:
+            taken = taken + halo[:, :, level - 1, None].to(taken.dtype).where((index < 0)[:, None], 0.0)
         total = taken if total is None else total + taken
     # Not a bare cast: torch 2.11 compiles a result that is a no-op ``to`` into a gradient of zero.
     return total if total.dtype == rows.dtype else total.to(rows.dtype)

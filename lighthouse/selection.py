@@ -31,7 +31,14 @@ class Selection:
     """[B, G, E] int32, the inverse map: where each of the pyramid's E entries stands in the sequence, or −1."""
 
 
-def select(query: Tensor, key: Tensor, config: LighthouseConfig, *, value: Tensor | None = None) -> Selection:
+def select(
+    query: Tensor,
+    key: Tensor,
+    config: LighthouseConfig,
+    *,
+    value: Tensor | None = None,
+    cover_every: int = 1,
+) -> Selection:
     """Score the pyramid and keep its most important entries.
 
     Args:
@@ -39,6 +46,8 @@ def select(query: Tensor, key: Tensor, config: LighthouseConfig, *, value: Tenso
         key: [B, G, N, D] with G dividing H; one selection per key/value head, shared by its query heads.
         config: valid for N.
         value: [B, G, N, D], needed by the ``dilated`` and ``gla`` scorers only.
+        cover_every: ``config.cover_start`` holds for every ``cover_every``-th sequence of the batch, 0 for none: chunks
+            of one sequence may stand in the batch, and only the first needs it (section 7).
 
     Returns:
         The selection, which carries no gradient. Equal scores: the lower index wins.
@@ -52,21 +61,24 @@ def select(query: Tensor, key: Tensor, config: LighthouseConfig, *, value: Tenso
     if value is None and config.scorer != "norm":
         raise ValueError(f"scorer={config.scorer!r} needs the value tensor: call select(..., value=value)")
     # Scores stay in float32 whatever precision autocast would choose.
+    cover_every = cover_every if config.cover_start else 0
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         if config.resolve_backend(query.device.type) == "triton":
-            return _select_by_kernels(query, key, value, config)
+            return _select_by_kernels(query, key, value, config, cover_every)
         scores = SCORERS[config.scorer](query, key, value, config)
-        candidates = _select_candidates(*scores, config)
+        candidates = _select_candidates(*scores, config, cover_every)
         return _in_causal_order(candidates, seq_len, config)
 
 
-def _select_by_kernels(query: Tensor, key: Tensor, value: Tensor | None, config: LighthouseConfig) -> Selection:
+def _select_by_kernels(
+    query: Tensor, key: Tensor, value: Tensor | None, config: LighthouseConfig, cover_every: int
+) -> Selection:
     num_levels, p = config.num_levels, config.pooling_factor
     if config.scorer == "norm":
         scores = kernels().norm_scores(query, key, p)
     else:
         scores = [pool_scores(score, 2, p)[1] for score in SCORERS[config.scorer](query, key, value, config)]
-    parents = kernels().pick_parents(*scores, num_levels, p, config.num_tiles, config.cover_start)
+    parents = kernels().pick_parents(*scores, num_levels, p, config.num_tiles, cover_every)
     return Selection(*kernels().order_entries(parents, query.shape[2], num_levels, p))
 
 
@@ -93,7 +105,9 @@ def check_shapes(query: Tensor, key: Tensor, value: Tensor | None) -> None:
         raise ValueError(f"value {tuple(value.shape)}: must have the shape of key, {tuple(key.shape)}")
 
 
-def _select_candidates(query_score: Tensor, key_score: Tensor, config: LighthouseConfig) -> list[Tensor]:
+def _select_candidates(
+    query_score: Tensor, key_score: Tensor, config: LighthouseConfig, cover_every: int
+) -> list[Tensor]:
     """Descend from the coarsest level; at every level the candidates are the children of the parents above.
 
     Args:
@@ -111,13 +125,13 @@ def _select_candidates(query_score: Tensor, key_score: Tensor, config: Lighthous
     selected = [candidates.flatten(2)]
     children = torch.arange(p, device=query_score.device)
     for level in range(num_levels - 1, 0, -1):
-        parents = _pick_parents(query_levels[level], key_levels[level], candidates, config.cover_start)
+        parents = _pick_parents(query_levels[level], key_levels[level], candidates, cover_every)
         candidates = (parents[..., None] * p + children).flatten(-2)  # [B, G, T, p·m], ascending
         selected.append(candidates.flatten(2))
     return selected[::-1]
 
 
-def _pick_parents(query_score: Tensor, key_score: Tensor, candidates: Tensor, cover_start: bool) -> Tensor:
+def _pick_parents(query_score: Tensor, key_score: Tensor, candidates: Tensor, cover_every: int) -> Tensor:
     """A ∪ B: of each tile's candidates the m/2 highest by query score, then of the rest the m/2 highest by key score.
 
     Args:
@@ -128,9 +142,10 @@ def _pick_parents(query_score: Tensor, key_score: Tensor, candidates: Tensor, co
         [B, G, T, m] int64, ascending.
     """
     by_query, by_key = (_take(score, candidates) for score in (query_score, key_score))
-    if cover_start:
+    if cover_every:
         # Window 0, if it is here at all, is the first candidate of the first tile.
-        by_query = torch.where(candidates == 0, math.inf, by_query)
+        covered = (torch.arange(len(candidates), device=candidates.device) % cover_every == 0)[:, None, None, None]
+        by_query = torch.where((candidates == 0) & covered, math.inf, by_query)
     chosen_by_query = _highest(by_query, PARENTS_PER_TILE // 2)
     by_key = by_key.scatter(-1, chosen_by_query, -math.inf)
     chosen = torch.cat([chosen_by_query, _highest(by_key, PARENTS_PER_TILE // 2)], dim=-1)

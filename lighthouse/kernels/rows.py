@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lighthouse.kernels.common import accumulator, log2, padded, with_contiguous_rows
 from lighthouse.pyramid import accumulation_dtype, level_lengths, level_offsets
+from lighthouse.rows import halo_gradient
 
 #: Elements of a tile: 16 bytes of bfloat16 for each of 128 threads.
 TILE = 1024
@@ -182,10 +183,10 @@ def _(
 
 @triton.jit
 def _spread_kernel(
-    rows, place, out,
+    rows, place, halo, out,
     stride_b, stride_h, stride_s, out_stride_b, out_stride_h, out_stride_n,
     seq_len, blocks, heads, groups, head_dim, num_entries,
-    NUM_LEVELS: tl.constexpr, SHIFT: tl.constexpr, MEAN: tl.constexpr, LOG_FACTOR: tl.constexpr,
+    NUM_LEVELS: tl.constexpr, SHIFT: tl.constexpr, MEAN: tl.constexpr, HALO: tl.constexpr, LOG_FACTOR: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0) % blocks
@@ -193,6 +194,7 @@ def _spread_kernel(
     b, h = bh // heads, bh % heads
     place += (b * groups + h // (heads // groups)) * num_entries
     rows += b * stride_b + h * stride_h
+    halo += bh * (NUM_LEVELS - 1) * head_dim
     position = block * BN + tl.arange(0, BN)
     inside = position < seq_len
     columns = tl.arange(0, BD)
@@ -209,6 +211,10 @@ def _spread_kernel(
         ).to(ACC)
         if MEAN:
             tile = tile / (1 << (LOG_FACTOR * level))
+        if HALO and level > 0:
+            # The first p^ℓ − 1 positions belong to the entry before this chunk's first.
+            spill = tl.load(halo + (level - 1) * head_dim + columns, mask=columns < head_dim, other=0.0).to(ACC)
+            tile += tl.where((inside & (index < 0))[:, None], spill[None, :], 0.0)
         total += tile
         place += seq_len >> (LOG_FACTOR * level)
     at = out + b * out_stride_b + h * out_stride_h + position.to(tl.int64)[:, None] * out_stride_n + columns[None, :]
@@ -218,7 +224,7 @@ def _spread_kernel(
 @torch.library.custom_op("lighthouse::spread_rows", mutates_args=())
 def spread_rows(
     rows: Tensor, entry: Tensor, place: Tensor, seq_len: int, num_levels: int, pooling_factor: int,
-    shift: int, mean: bool,
+    shift: int, mean: bool, halo: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """``lighthouse.rows.spread_rows``; the result is stored as [B, N, H, D], in which attention modules go on."""
     rows, place = with_contiguous_rows(rows), place.contiguous()
@@ -228,9 +234,9 @@ def spread_rows(
     block_rows = 4 * TILE // width
     blocks = triton.cdiv(seq_len, block_rows)
     _spread_kernel[(blocks * batch * heads,)](
-        rows, place, out, *rows.stride()[:3], *out.stride()[:3],
+        rows, place, rows if halo is None else halo.contiguous(), out, *rows.stride()[:3], *out.stride()[:3],
         seq_len, blocks, heads, place.shape[1], head_dim, place.shape[2],
-        NUM_LEVELS=num_levels, SHIFT=shift, MEAN=mean, LOG_FACTOR=log2(pooling_factor),
+        NUM_LEVELS=num_levels, SHIFT=shift, MEAN=mean, HALO=halo is not None, LOG_FACTOR=log2(pooling_factor),
         BN=block_rows, BD=width, ACC=accumulator(rows.dtype),
     )  # fmt: skip
     return out
@@ -244,25 +250,31 @@ def _empty_long(rows: Tensor, seq_len: int) -> Tensor:
 @spread_rows.register_fake
 def _(
     rows: Tensor, entry: Tensor, place: Tensor, seq_len: int, num_levels: int, pooling_factor: int,
-    shift: int, mean: bool,
+    shift: int, mean: bool, halo: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     return _empty_long(rows, seq_len)
 
 
-def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    rows, entry, place, *_ = inputs
+def _setup_pool(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    rows, entry, place, *ctx.how = inputs
     ctx.save_for_backward(entry, place)
-    ctx.seq_len, ctx.how = rows.shape[2], inputs[-4:]
+    ctx.seq_len = rows.shape[2]
 
 
-def _spread_back(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    entry, place = ctx.saved_tensors
-    return spread_rows(grad, entry, place, ctx.seq_len, *ctx.how), *[None] * 6
+def _pool_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return spread_rows(grad, *ctx.saved_tensors, ctx.seq_len, *ctx.how), *[None] * 6
 
 
-def _pool_back(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return pool_rows(grad, *ctx.saved_tensors, *ctx.how), *[None] * 7
+def _setup_spread(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    _, entry, place, _, *ctx.how, halo = inputs
+    ctx.save_for_backward(entry, place)
+    ctx.has_halo = halo is not None
 
 
-pool_rows.register_autograd(_spread_back, setup_context=_setup)
-spread_rows.register_autograd(_pool_back, setup_context=_setup)
+def _spread_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    halo_grad = halo_gradient(grad, *ctx.how[:2]) if ctx.has_halo else None
+    return pool_rows(grad, *ctx.saved_tensors, *ctx.how), *[None] * 7, halo_grad
+
+
+pool_rows.register_autograd(_pool_backward, setup_context=_setup_pool)
+spread_rows.register_autograd(_spread_backward, setup_context=_setup_spread)

@@ -60,13 +60,13 @@ def _window_max(score, index, valid, width, BITS: tl.constexpr):
 
 @triton.jit
 def _pick(
-    query_score, key_score, index, valid, width, parents,
-    BITS: tl.constexpr, NUM_BITS: tl.constexpr, COVER_BITS: tl.constexpr,
+    query_score, key_score, index, valid, width, parents, covered,
+    BITS: tl.constexpr, NUM_BITS: tl.constexpr, INFINITY_BITS: tl.constexpr,
 ):  # fmt: skip
     """Store the m parents among the candidates ``index`` (ascending), ascending."""
     query_bits = _window_max(query_score, index, valid, width, BITS)
     key_bits = _window_max(key_score, index, valid, width, BITS)
-    query_bits = tl.where((index == 0) & valid, tl.maximum(query_bits, COVER_BITS), query_bits)
+    query_bits = tl.where((index == 0) & valid & covered, tl.maximum(query_bits, INFINITY_BITS), query_bits)
     by_query = _highest(query_bits, _M // 2, NUM_BITS)
     by_key = _highest(tl.where(by_query, -1, key_bits), _M // 2, NUM_BITS)
     chosen = by_query | by_key
@@ -76,12 +76,13 @@ def _pick(
 
 @triton.jit
 def _pick_parents_kernel(
-    query_score, key_score, parents, tiles, per_tile, length,
+    query_score, key_score, parents, groups, tiles, per_tile, length, cover_every,
     NUM_LEVELS: tl.constexpr, FACTOR: tl.constexpr, LOG_FACTOR: tl.constexpr, COARSEST: tl.constexpr,
-    BITS: tl.constexpr, NUM_BITS: tl.constexpr, COVER_BITS: tl.constexpr,
+    BITS: tl.constexpr, NUM_BITS: tl.constexpr, INFINITY_BITS: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0) % tiles
     bg = (tl.program_id(0) // tiles).to(tl.int64)
+    covered = (cover_every > 0) & (bg // groups % tl.maximum(cover_every, 1) == 0)
     query_score += bg * length
     key_score += bg * length
     parents += (bg * tiles + tile) * (NUM_LEVELS - 1) * _M  # a tile's lists, level 1's first
@@ -91,7 +92,8 @@ def _pick_parents_kernel(
     index = tile * per_tile + offset
     width = 1 << (LOG_FACTOR * (NUM_LEVELS - 2))
     _pick(
-        query_score, key_score, index, valid, width, parents + (NUM_LEVELS - 2) * _M, BITS, NUM_BITS, COVER_BITS
+        query_score, key_score, index, valid, width, parents + (NUM_LEVELS - 2) * _M, covered,
+        BITS, NUM_BITS, INFINITY_BITS,
     )  # fmt: skip
     for step in tl.static_range(1, NUM_LEVELS - 1):
         # The list of the level above is stored by all threads and read by all.
@@ -101,15 +103,18 @@ def _pick_parents_kernel(
         width = 1 << (LOG_FACTOR * (NUM_LEVELS - 2 - step))
         _pick(
             query_score, key_score, children, children >= 0, width, parents + (NUM_LEVELS - 2 - step) * _M,
-            BITS, NUM_BITS, COVER_BITS,
+            covered, BITS, NUM_BITS, INFINITY_BITS,
         )  # fmt: skip
 
 
 @torch.library.custom_op("lighthouse::pick_parents", mutates_args=())
 def pick_parents(
-    query_score: Tensor, key_score: Tensor, num_levels: int, pooling_factor: int, num_tiles: int, cover_start: bool
+    query_score: Tensor, key_score: Tensor, num_levels: int, pooling_factor: int, num_tiles: int, cover_every: int
 ) -> Tensor:
-    """Scores of level 1, [B, G, N/p], to the parents of every level above 0: [B, G, T, L−1, m] int32, ascending."""
+    """Scores of level 1, [B, G, N/p], to the parents of every level above 0: [B, G, T, L−1, m] int32, ascending.
+
+    ``cover_every`` as in ``lighthouse.select``.
+    """
     parents = _empty_parents(query_score, num_levels, num_tiles)
     batch, groups, length = query_score.shape
     per_tile = length // pooling_factor ** (num_levels - 2) // num_tiles
@@ -117,10 +122,10 @@ def pick_parents(
     infinity = 0x7FF0000000000000 if double else 0x7F800000
     coarsest = padded(per_tile)
     _pick_parents_kernel[(batch * groups * num_tiles,)](
-        query_score.contiguous(), key_score.contiguous(), parents, num_tiles, per_tile, length,
+        query_score.contiguous(), key_score.contiguous(), parents, groups, num_tiles, per_tile, length, cover_every,
         NUM_LEVELS=num_levels, FACTOR=pooling_factor, LOG_FACTOR=log2(pooling_factor), COARSEST=coarsest,
         BITS=tl.int64 if double else tl.int32, NUM_BITS=63 if double else 31,
-        COVER_BITS=infinity if cover_start else 0,
+        INFINITY_BITS=infinity,
         num_warps=min(32, max(4, coarsest // 256)),
     )  # fmt: skip
     return parents
@@ -133,7 +138,7 @@ def _empty_parents(score: Tensor, num_levels: int, num_tiles: int) -> Tensor:
 
 @pick_parents.register_fake
 def _(
-    query_score: Tensor, key_score: Tensor, num_levels: int, pooling_factor: int, num_tiles: int, cover_start: bool
+    query_score: Tensor, key_score: Tensor, num_levels: int, pooling_factor: int, num_tiles: int, cover_every: int
 ) -> Tensor:
     return _empty_parents(query_score, num_levels, num_tiles)
 

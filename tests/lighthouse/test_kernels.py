@@ -102,7 +102,7 @@ def test_a_very_wide_tile_still_finds_its_parents():
     levels = torch.randint(1, 3, (2, 1, 1, seq_len, 1), generator=torch.Generator().manual_seed(0)).float()
     expected = select(*levels, config)
     scores = [pool_scores(x[..., 0], 2, 2)[1].to(DEVICE) for x in levels]
-    parents = kernels.pick_parents(*scores, 2, 2, 1, True)
+    parents = kernels.pick_parents(*scores, 2, 2, 1, 1)
     assert torch.equal(kernels.order_entries(parents, seq_len, 2, 2)[2].cpu(), expected.entry)
 
 
@@ -114,10 +114,10 @@ def test_operators_are_registered_properly():
     key = random_rows(1, seq_len, 2, 8, seed=1, device=DEVICE).transpose(1, 2)
     short = random_rows(1, 4, entry.shape[-1], 8, device=DEVICE)
     scores = kernels.norm_scores(query, key, config.pooling_factor)
-    parents = kernels.pick_parents(*scores, *how, config.num_tiles, True)
+    parents = kernels.pick_parents(*scores, *how, config.num_tiles, 1)
     for operator, arguments in (
         (kernels.norm_scores, (query, key, config.pooling_factor)),
-        (kernels.pick_parents, (*scores, *how, config.num_tiles, True)),
+        (kernels.pick_parents, (*scores, *how, config.num_tiles, 1)),
         (kernels.order_entries, (parents, seq_len, *how)),
         (kernels.pool_rows, (query.clone().requires_grad_(), entry, place, *how, 0, True)),
         (kernels.spread_rows, (short.clone().requires_grad_(), entry, place, seq_len, *how, 1, False)),

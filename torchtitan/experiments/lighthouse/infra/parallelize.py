@@ -3,20 +3,44 @@
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor.experimental._attention import set_rotate_method
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
+from torchtitan.config.job_config import Parallelism
 from torchtitan.distributed import ParallelDims
+from torchtitan.experiments.lighthouse.cpu import support_ring_attention
 from torchtitan.models.llama3 import parallelize_llama
 from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list, apply_fsdp
 from torchtitan.tools.utils import device_type
 
+from lighthouse import SequenceShards, ShardedLighthouseAttention
 from lighthouse.selection import kernels
 
 
-def parallelize_lighthouse(model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig) -> nn.Module:
-    """Apply tensor parallelism, activation checkpointing, compile and FSDP/HSDP as upstream does.
+def shard_sequence(model: nn.Module, parallel_dims: ParallelDims, parallelism: Parallelism) -> None:
+    """What context parallelism needs beside upstream's ring attention, which upstream applies itself."""
+    # Upstream reads this setting for validation only.
+    set_rotate_method(parallelism.context_parallel_rotate_method)
+    if device_type == "cpu":
+        support_ring_attention()
+    shards = SequenceShards(
+        parallel_dims.get_mesh("cp").get_group(), load_balanced=parallelism.context_parallel_load_balancer is not None
+    )
+    for block in model.layers.values():
+        attention = block.attention
+        if attention.lighthouse is not None:
+            attention.lighthouse = ShardedLighthouseAttention(
+                attention.lighthouse.config, attention.inner_attention, shards
+            )
 
-    Lighthouse needs nothing of its own: its heads are the rank's local heads, and it has no parameters to shard.
+
+def parallelize_lighthouse(model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig) -> nn.Module:
+    """Apply tensor and context parallelism, activation checkpointing, compile and FSDP/HSDP as upstream does.
+
+    Lighthouse has no parameters to shard, and its heads are the rank's local heads; under context parallelism it is
+    told which chunks of the sequence are the rank's.
     """
+    if parallel_dims.cp_enabled:
+        shard_sequence(model, parallel_dims, job_config.parallelism)
     config = model.model_args.lighthouse
     if config is not None and config.resolve_backend(device_type) == "triton":
         _op_sac_save_list.update(kernels().WORTH_SAVING)

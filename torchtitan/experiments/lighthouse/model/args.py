@@ -4,12 +4,29 @@ from dataclasses import dataclass
 
 from torch import nn
 from torchtitan.config import JobConfig
+from torchtitan.config.job_config import Parallelism
 from torchtitan.experiments.lighthouse.job_config import parse_layers
 from torchtitan.models.llama3 import TransformerModelArgs
 from torchtitan.models.utils import get_dense_model_nparams_and_flops
 from torchtitan.tools.utils import device_type
 
 from lighthouse import LighthouseConfig
+
+
+def context_parallel_chunks(parallelism: Parallelism) -> int:
+    """Into how many chunks context parallelism cuts the sequence; 1 without it.
+
+    Raises:
+        ValueError: for a load balancer that is not made for this attention.
+    """
+    degree, balancer = parallelism.context_parallel_degree, parallelism.context_parallel_load_balancer
+    if degree == 1:
+        return 1
+    if balancer not in ("headtail", None):
+        raise ValueError(
+            f"parallelism.context_parallel_load_balancer={balancer!r}: must be 'headtail' or None for this attention"
+        )
+    return 2 * degree if balancer else degree
 
 
 @dataclass
@@ -25,7 +42,7 @@ class LighthouseModelArgs(TransformerModelArgs):
 
         Raises:
             ValueError: for a missing section, an invalid geometry, a layer outside the model, a backend that is not
-                available, context parallelism, or tensor parallelism that splits a head.
+                available, a sequence that context parallelism cannot split, or tensor parallelism that splits a head.
         """
         super().update_from_config(job_config, **kwargs)
         section = getattr(job_config, "lighthouse", None)
@@ -39,10 +56,12 @@ class LighthouseModelArgs(TransformerModelArgs):
             return
 
         seq_len, parallelism = job_config.training.seq_len, job_config.parallelism
-        if parallelism.context_parallel_degree > 1:
+        num_chunks = context_parallel_chunks(parallelism)
+        if num_chunks > 1 and parallelism.tensor_parallel_degree > 1:
             raise ValueError(
-                f"parallelism.context_parallel_degree={parallelism.context_parallel_degree}: Lighthouse does not run "
-                "under context parallelism yet; nearest valid value: 1 (or lighthouse.enable=false)"
+                f"parallelism.tensor_parallel_degree={parallelism.tensor_parallel_degree} with "
+                f"context_parallel_degree={parallelism.context_parallel_degree}: Lighthouse runs under one of the two; "
+                "nearest valid value of either: 1"
             )
         kv_heads = self.n_kv_heads or self.n_heads
         if kv_heads % parallelism.tensor_parallel_degree:
@@ -53,10 +72,10 @@ class LighthouseModelArgs(TransformerModelArgs):
             )
         config = section.attention_config()
         config.resolve_backend(device_type)
-        config.validate(seq_len)
+        config.validate(seq_len, num_chunks)
         if job_config.validation.enable and job_config.validation.seq_len != seq_len:
             try:
-                config.validate(job_config.validation.seq_len)
+                config.validate(job_config.validation.seq_len, num_chunks)
             except ValueError as error:
                 raise ValueError(f"validation.seq_len: {error}") from error
         self.lighthouse_layers = parse_layers(section.layers, self.n_layers)

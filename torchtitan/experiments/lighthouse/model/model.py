@@ -25,7 +25,7 @@ class LighthouseTransformer(Transformer):
             block.attention = FusedRotaryAttention(model_args)
         for layer in model_args.lighthouse_layers:
             attention = self.layers[str(layer)].attention
-            attention.inner_attention = LighthouseAttention(model_args.lighthouse, attention.inner_attention)
+            attention.lighthouse = LighthouseAttention(model_args.lighthouse, attention.inner_attention)
         self.output = OutputProjection(model_args.dim, model_args.vocab_size)
 
     def forward(
@@ -45,7 +45,15 @@ class LighthouseTransformer(Transformer):
 
 
 class FusedRotaryAttention(Attention):
-    """Upstream's attention layer, its rotary embedding as ``rotate`` computes it."""
+    """Upstream's attention layer, its rotary embedding as ``rotate`` computes it, with or without Lighthouse.
+
+    ``inner_attention`` stays upstream's module, the one that context parallelism turns into ring attention;
+    ``lighthouse`` calls it.
+    """
+
+    def __init__(self, model_args: LighthouseModelArgs) -> None:
+        super().__init__(model_args)
+        self.lighthouse: LighthouseAttention | None = None
 
     def forward(
         self,
@@ -62,7 +70,8 @@ class FusedRotaryAttention(Attention):
         angles = angles[None, : x.shape[1]] if positions is None else angles[positions]
         query, key = (rotate(rows, angles) for rows in (query, key))
         heads = (rows.transpose(1, 2) for rows in (query, key, value))
-        out = self.inner_attention(*heads, enable_gqa=self.enable_gqa)
+        attend = self.inner_attention if self.lighthouse is None else self.lighthouse
+        out = attend(*heads, enable_gqa=self.enable_gqa)
         return self.wo(out.transpose(1, 2).flatten(2))
 
 

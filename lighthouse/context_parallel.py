@@ -1,0 +1,158 @@
+"""Lighthouse over a sequence that is split across devices: the one-device result, chunk by chunk (section 7).
+
+Selection and pooling look at one chunk at a time, ring attention runs over all gathered chunks as over any sequence,
+and what the last windows of a chunk write past its end travels to the device that holds the next chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed._functional_collectives import all_to_all_single_autograd
+
+from lighthouse.attention import InnerAttention, LighthouseAttention, check_inputs, pool_and_gather, scatter_back
+from lighthouse.config import LighthouseConfig
+from lighthouse.pyramid import level_lengths, level_offsets
+from lighthouse.selection import Selection, select
+
+
+@dataclass(frozen=True)
+class SequenceShards:
+    """Which chunks of the sequence the ranks of a group hold.
+
+    Of 2W equal chunks rank r holds r and 2W − 1 − r, one after the other (``load_balanced``: every rank has the same
+    share of causal attention's work); or of W chunks the r-th.
+    """
+
+    group: dist.ProcessGroup
+    load_balanced: bool = True
+
+    @property
+    def held(self) -> int:
+        """Chunks on each rank."""
+        return 2 if self.load_balanced else 1
+
+    @property
+    def num_chunks(self) -> int:
+        return self.held * dist.get_world_size(self.group)
+
+    @property
+    def cover_every(self) -> int:
+        """Which of the chunks in the batch (``stack``) start the sequence: ``lighthouse.select``'s argument."""
+        return self.held if dist.get_rank(self.group) == 0 else 0
+
+    def stack(self, rows: Tensor) -> Tensor:
+        """[B, H, n, D] to [B·C, H, n/C, D]: the C chunks that this rank holds, as sequences of the batch."""
+        return rows.unflatten(2, (self.held, -1)).transpose(1, 2).flatten(0, 1)
+
+    def join(self, chunks: Tensor) -> Tensor:
+        """The inverse of ``stack``."""
+        return chunks.unflatten(0, (-1, self.held)).transpose(1, 2).flatten(2, 3)
+
+    def pass_on(self, rows: Tensor) -> Tensor:
+        """Hand each chunk's rows to the chunk that follows it in the sequence.
+
+        The next chunk of a head is the head of the next rank, or the last rank's own tail; that of a tail is the tail
+        of the rank before. One collective, to the neighbours only, differentiable.
+
+        Args:
+            rows: [B·C, …], as ``stack`` orders them.
+
+        Returns:
+            The rows of the chunk before, in the same order; zeros for the chunk that starts the sequence.
+        """
+        rank, size = dist.get_rank(self.group), dist.get_world_size(self.group)
+        to, source = [0] * size, [0] * size
+        chunks = rows.unflatten(0, (-1, self.held)).transpose(0, 1)  # [C, B, …]
+        if self.load_balanced:
+            last = rank == size - 1
+            to[rank if last else rank + 1] += 1  # the head
+            source[rank if last else rank + 1] += 1  # what the tail receives
+            if rank > 0:
+                to[rank - 1] += 1  # the tail; rank 0's ends the sequence
+                source[rank - 1] += 1  # what the head receives
+            # In the order of ranks: the tail goes to a lower rank than the head, the head hears from a lower one.
+            sent = chunks.flip(0) if rank > 0 else chunks[:1]
+        else:
+            if rank < size - 1:
+                to[rank + 1] += 1
+            if rank > 0:
+                source[rank - 1] += 1
+            sent = chunks[: sum(to)]
+        received = all_to_all_single_autograd(sent.contiguous(), source, to, self.group)
+        if rank == 0:
+            received = torch.cat([torch.zeros_like(chunks[:1]), received])
+        return received.transpose(0, 1).flatten(0, 1)
+
+
+def context_parallel_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: LighthouseConfig,
+    shards: SequenceShards,
+    *,
+    attention: InnerAttention,
+) -> Tensor:
+    """``lighthouse_attention`` of the whole sequence, on the chunks that this rank holds.
+
+    Args:
+        query: [B, H, N/W, D], the rank's chunks one after the other.
+        key, value: [B, G, N/W, D].
+        config: of the whole sequence; ``config.validate(N, shards.num_chunks)`` must hold.
+        shards: the layout and the group.
+        attention: causal attention over the sequence that all ranks hold together, in the same layout: ring attention.
+
+    Returns:
+        [B, H, N/W, D], equal to one device's result.
+
+    Raises:
+        ValueError: for shapes that do not fit together or a geometry that cannot be split.
+    """
+    check_inputs(query, key, value)
+    local_len = query.shape[2]
+    config.validate(local_len * dist.get_world_size(shards.group), shards.num_chunks)
+    chunk_len, config = local_len // shards.held, config.of_chunk(shards.num_chunks)
+    chunks = [shards.stack(rows) for rows in (query, key, value)]
+    selection = select(*chunks[:2], config, cover_every=shards.cover_every)
+    short = [shards.join(pool_and_gather(rows, selection, config)) for rows in chunks]
+    grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
+    out = shards.stack(attention(*short, **grouped))
+    halo = shards.pass_on(last_rows(out, selection, chunk_len, config))
+    return shards.join(scatter_back(out, selection, chunk_len, config, halo))
+
+
+class ShardedLighthouseAttention(LighthouseAttention):
+    """``LighthouseAttention`` on the chunks that this rank holds; its inner attention must be ring attention."""
+
+    def __init__(self, config: LighthouseConfig, attention: InnerAttention, shards: SequenceShards) -> None:
+        super().__init__(config, attention)
+        self.shards = shards
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return context_parallel_attention(query, key, value, self.config, self.shards, attention=self.attention)
+
+
+def last_rows(rows: Tensor, selection: Selection, seq_len: int, config: LighthouseConfig) -> Tensor:
+    """What a chunk writes past its end: the rows of each level's last entry, from level 1 on.
+
+    Entry (ℓ, i) writes from its last covered position on, p^ℓ positions (section 5): of each level only the last entry
+    reaches past the end, and only if it is selected.
+
+    Args:
+        rows: [B, H, S, D], the attention's output in sequence order.
+
+    Returns:
+        [B, H, L − 1, D], zeros where the last entry is not selected.
+    """
+    lengths = level_lengths(seq_len, config.num_levels, config.pooling_factor)
+    offsets = level_offsets(seq_len, config.num_levels, config.pooling_factor)
+    last = [offset + length - 1 for offset, length in zip(offsets, lengths, strict=False)][1:]
+    # Slices, not an index: a list would be copied to the device.
+    place = torch.cat([selection.place[..., entry : entry + 1] for entry in last], dim=-1)
+    place = place.repeat_interleave(rows.shape[1] // place.shape[1], dim=1)[..., None]  # [B, H, L − 1, 1]
+    taken = rows.gather(2, place.clamp(min=0).long().expand(-1, -1, -1, rows.shape[-1]))
+    return taken.where(place >= 0, 0.0)

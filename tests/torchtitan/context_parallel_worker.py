@@ -1,0 +1,129 @@
+"""One rank of ``test_context_parallel.py``: a layer on a split sequence against the layer on one device.
+
+Run by torchrun, over gloo on CPU or NCCL on GPUs, with the dtype as argument.
+"""
+
+import sys
+from dataclasses import replace
+from itertools import product
+
+from torchtitan.experiments.lighthouse.cpu import support_ring_attention, use_cpu_without_accelerator
+
+use_cpu_without_accelerator()
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
+from torch.distributed.tensor.experimental._attention import set_rotate_method  # noqa: E402
+from torchtitan.distributed.context_parallel import apply_cp_to_attention_module, cp_shard  # noqa: E402
+from torchtitan.models.attention import ScaledDotProductAttentionWrapper  # noqa: E402
+
+import lighthouse.context_parallel as context_parallel  # noqa: E402
+from lighthouse import (  # noqa: E402
+    LighthouseConfig,
+    SequenceShards,
+    ShardedLighthouseAttention,
+    lighthouse_attention,
+    select,
+)
+
+#: Eight tiles of 256 entries, so that every chunk of four balanced ranks has one.
+CONFIG = LighthouseConfig(num_levels=3, pooling_factor=2, top_k=1024)
+SEQ_LEN, BATCH, HEADS, HEAD_DIM = 8192, 2, 4, 16
+SPILL = CONFIG.pooling_factor ** (CONFIG.num_levels - 1) - 1
+
+
+def results(layer, query, key, value, grad):
+    """Output and the three gradients."""
+    leaves = [x.detach().clone().requires_grad_() for x in (query, key, value)]
+    out = layer(*leaves)
+    out.backward(grad)
+    return [out.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def shard(rows, mesh, balanced):
+    """[B, H, N, D] to this rank's [B, H, N/W, D], by torchtitan, which also tells torch's ring the layout."""
+    (own,), _ = cp_shard(mesh, (rows,), None, "headtail" if balanced else None, input_seq_dim=2)
+    return own
+
+
+def main() -> None:
+    dtype = getattr(torch, sys.argv[1])
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(__import__("os").environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("cp",))
+    if not on_gpu:
+        support_ring_attention()
+    ring, plain = ScaledDotProductAttentionWrapper(), ScaledDotProductAttentionWrapper()
+    apply_cp_to_attention_module([ring], mesh, "sdpa")
+
+    generator = torch.Generator().manual_seed(0)
+    for groups, balanced, rotation in product((HEADS, HEADS // 2), (True, False), ("allgather", "alltoall")):
+        where = f"{groups} key/value heads, {'head-tail' if balanced else 'contiguous'}, {rotation}, rank {dist.get_rank()}"
+        set_rotate_method(rotation)
+        query, key, value, grad = (
+            torch.randn(BATCH, heads, SEQ_LEN, HEAD_DIM, generator=generator).to(device, dtype)
+            for heads in (HEADS, groups, groups, HEADS)
+        )
+        inputs = (query, key, value, grad)
+        own = [shard(rows, mesh, balanced) for rows in inputs]
+        shards = SequenceShards(mesh.get_group(), load_balanced=balanced)
+        layer = ShardedLighthouseAttention(CONFIG, ring, shards)
+
+        def run(layer, rows, gqa=groups != HEADS):
+            return results(lambda *x: layer(*x, enable_gqa=gqa), *rows)
+
+        check_selection(query, key, own, shards, mesh, where)
+        exact = [x.float() for x in inputs]
+        expected = results(lambda *x: lighthouse_attention(*x, CONFIG_PLAIN), *exact)
+        one_device = results(lambda *x: lighthouse_attention(*x, CONFIG, attention=plain), *inputs)
+        # Selected from rounded rows in both: float32 copies of them have the same norms.
+        for name, got, want, single in zip(("output", "dq", "dk", "dv"), run(layer, own), expected, one_device, strict=True):
+            want, single = shard(want, mesh, balanced), shard(single, mesh, balanced)
+            scale = want.abs().max()
+            if dtype == torch.float32:
+                assert (got - want).abs().max() <= 1e-5 * scale, f"{where}: {name}"
+                borders = shards.stack((got - want).abs())[:, :, :SPILL]
+                assert borders.max() <= 1e-5 * scale, f"{where}: {name} at the chunks' borders"
+            else:
+                error, allowed = ((x.float() - want).norm() / want.norm() for x in (got, single))
+                # Ring attention rounds its output once more, and a halo row's gradient is rounded on its way.
+                assert error <= allowed + torch.finfo(dtype).eps, f"{where}: {name} {error:.2e}, one device {allowed:.2e}"
+
+        without = ShardedLighthouseAttention(CONFIG, ring, WithoutSpill(mesh.get_group(), load_balanced=balanced))
+        missing = shards.stack((run(without, own)[0].float() - shard(expected[0], mesh, balanced)).abs())
+        starts = shards.cover_every == 1 and dist.get_rank() == 0  # this rank holds nothing but the sequence's start
+        assert starts or missing[:, :, :SPILL].max() > 0.01, f"{where}: the test does not see the spill"
+        assert missing[:, :, SPILL:].max() < (1e-4 if dtype == torch.float32 else 0.2), where
+    dist.destroy_process_group()
+
+
+CONFIG_PLAIN = replace(CONFIG, backend="auto")
+
+
+class WithoutSpill(SequenceShards):
+    def pass_on(self, rows):
+        return torch.zeros_like(rows)
+
+
+def check_selection(query, key, own, shards, mesh, where):
+    """The rank's chunks select what one device selects in these chunks."""
+    whole = select(query, key, CONFIG)
+    chunks = [shards.stack(rows) for rows in own[:2]]
+    local = select(*chunks, CONFIG.of_chunk(shards.num_chunks), cover_every=shards.cover_every)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    held = (rank, 2 * size - 1 - rank) if shards.load_balanced else (rank,)
+    share = whole.level.shape[-1] // shards.num_chunks
+    for place, chunk in enumerate(held):
+        part = slice(chunk * share, (chunk + 1) * share)
+        level = whole.level[..., part]
+        first = chunk * (SEQ_LEN // shards.num_chunks) // CONFIG.pooling_factor ** level.long()
+        assert torch.equal(local.level[place :: shards.held], level), where
+        assert torch.equal(local.index[place :: shards.held] + first, whole.index[..., part]), where
+
+
+assert context_parallel
+main()
