@@ -5,7 +5,7 @@
     python benchmarks/bench_train.py --nproc 1 --runs 1m -- …
 
 Every run is the trainer itself, started by torchrun on a file of train_configs with the overrides below and those after
-``--``; one sequence a device, no checkpoints. Rates are medians over the steps after the warm-up, memory is the peak
+``--``; one sequence a device (or a group of context-parallel devices), no checkpoints. Rates are medians over the steps after the warm-up, memory is the peak
 that the allocator reserved. Writes train.csv, train.md and each run's log and metrics. Nothing is reported if the
 kernels do not agree with the plain-torch path.
 """
@@ -36,6 +36,14 @@ LOG_FREQ = 4
 NO_CHECKPOINTING = ("--activation_checkpoint.mode=none",)
 FULL_CHECKPOINTING = ("--activation_checkpoint.mode=full",)
 
+MILLION = (
+    "--training.seq_len=1048576",
+    "--lighthouse.layers=0--1",
+    "--lighthouse.num_levels=4",
+    "--lighthouse.top_k=4096",
+)
+CP4 = ("--parallelism.context_parallel_degree=4",)
+
 #: Name to config file and overrides. A run whose name ends in "dense" is what those before the next one compare with.
 RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
     "98k dense": ("530m_dense.toml", NO_CHECKPOINTING),
@@ -44,13 +52,14 @@ RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
     "98k selective checkpointing": ("530m_stage1.toml", ()),
     "98k dilated": ("530m_stage1.toml", (*NO_CHECKPOINTING, "--lighthouse.scorer=dilated", "--lighthouse.dilation=4")),
     "98k plain torch": ("530m_stage1.toml", ("--lighthouse.backend=torch", *FULL_CHECKPOINTING)),
-    "1m": (
-        "530m_stage1.toml",
-        (
-            *("--training.seq_len=1048576", "--lighthouse.layers=0--1", "--lighthouse.num_levels=4"),
-            *("--lighthouse.top_k=4096", *FULL_CHECKPOINTING),
-        ),
-    ),
+    "98k k=2048": ("530m_stage1.toml", (*NO_CHECKPOINTING, "--lighthouse.top_k=2048")),
+    "98k cp2 dense": ("530m_cp.toml", (*NO_CHECKPOINTING, "--lighthouse.no-enable")),
+    "98k cp2": ("530m_cp.toml", NO_CHECKPOINTING),
+    "98k cp4 dense": ("530m_cp.toml", (*NO_CHECKPOINTING, *CP4, "--lighthouse.no-enable")),
+    "98k cp4": ("530m_cp.toml", (*NO_CHECKPOINTING, *CP4)),
+    "1m": ("530m_stage1.toml", (*MILLION, *FULL_CHECKPOINTING)),
+    "1m cp4": ("530m_cp.toml", (*MILLION, *CP4)),
+    "1m cp4 four dense": ("530m_cp.toml", (*MILLION, *CP4, "--lighthouse.layers=2-27")),
 }
 
 
@@ -74,7 +83,7 @@ def measure(name: str, options: argparse.Namespace) -> Row | None:
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.nproc}"),
         *("-m", "torchtitan.experiments.lighthouse.train"),
         *("--job.config_file", str(REPOSITORY / "train_configs" / config), f"--job.dump_folder={folder}"),
-        *(f"--training.steps={options.steps}", f"--training.global_batch_size={options.nproc}"),
+        *(f"--training.steps={options.steps}", "--training.global_batch_size=-1"),
         *(f"--metrics.log_freq={LOG_FREQ}", "--metrics.no-enable_tensorboard", "--checkpoint.no-enable"),
         *overrides, *options.overrides,
     ]  # fmt: skip
@@ -104,8 +113,7 @@ def measure(name: str, options: argparse.Namespace) -> Row | None:
 def report(rows: list[Row], options: argparse.Namespace) -> str:
     lines = [
         f"{options.nproc} × {torch.cuda.get_device_name()}, torch {torch.__version__}, "
-        f"cuDNN {torch.backends.cudnn.version()}, Triton {triton.__version__}; {options.steps} steps, one sequence a "
-        "device.",
+        f"cuDNN {torch.backends.cudnn.version()}, Triton {triton.__version__}; {options.steps} steps.",
         "",
         "| run | tokens/s/GPU | × dense | peak GiB | loss, first and last step |",
         "| --- | --- | --- | --- | --- |",
@@ -113,7 +121,7 @@ def report(rows: list[Row], options: argparse.Namespace) -> str:
     dense = None
     for row in rows:
         dense = row if row.name.endswith("dense") else dense
-        same_context = dense is not None and dense.name.split()[0] == row.name.split()[0]
+        same_context = dense is not None and row.name.startswith(dense.name.removesuffix(" dense"))
         ratio = f"{row.tokens_per_second / dense.tokens_per_second:.2f}" if same_context else ""
         lines.append(
             f"| {row.name} | {row.tokens_per_second:,.0f} | {ratio} | {row.memory_gib:.1f} "

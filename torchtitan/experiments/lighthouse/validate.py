@@ -8,6 +8,12 @@ from torchtitan.experiments.lighthouse.loss import model_takes_labels
 
 
 class LighthouseValidator(Validator):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        cp, loss_of_rank = self.parallel_dims.cp, self.loss_fn
+        # Upstream divides by the tokens of one rank's part of the sequences, and adds up the ranks.
+        self.loss_fn = lambda pred, labels: loss_of_rank(pred, labels) / cp
+
     def post_dataloading_process(
         self, input_dict: dict[str, Tensor], labels: Tensor, model_parts: list[nn.Module]
     ) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Any]]:

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from torch import nn
 from torchtitan.config import JobConfig
-from torchtitan.config.job_config import Parallelism
 from torchtitan.experiments.lighthouse.job_config import parse_layers
 from torchtitan.models.llama3 import TransformerModelArgs
 from torchtitan.models.utils import get_dense_model_nparams_and_flops
@@ -13,18 +12,28 @@ from torchtitan.tools.utils import device_type
 from lighthouse import LighthouseConfig
 
 
-def context_parallel_chunks(parallelism: Parallelism) -> int:
+def context_parallel_chunks(job_config: JobConfig) -> int:
     """Into how many chunks context parallelism cuts the sequence; 1 without it.
 
     Raises:
-        ValueError: for a load balancer that is not made for this attention.
+        ValueError: for a load balancer that is not made for this attention, or that would hang.
     """
+    parallelism = job_config.parallelism
     degree, balancer = parallelism.context_parallel_degree, parallelism.context_parallel_load_balancer
     if degree == 1:
         return 1
     if balancer not in ("headtail", None):
         raise ValueError(
             f"parallelism.context_parallel_load_balancer={balancer!r}: must be 'headtail' or None for this attention"
+        )
+    compiled = job_config.compile.enable and "model" in job_config.compile.components
+    if balancer is None and compiled and job_config.activation_checkpoint.mode != "none":
+        # Compiled recomputation repeats an exchange only on the ranks that need its result, and without balancing the
+        # first rank needs none: the others wait for it for ever.
+        raise ValueError(
+            "parallelism.context_parallel_load_balancer=None: would hang with compile.enable=true and "
+            f"activation_checkpoint.mode={job_config.activation_checkpoint.mode!r}; nearest valid value: 'headtail' "
+            "(or activation_checkpoint.mode='none')"
         )
     return 2 * degree if balancer else degree
 
@@ -52,11 +61,11 @@ class LighthouseModelArgs(TransformerModelArgs):
                 '"torchtitan.experiments.lighthouse.job_config" under [job]'
             )
         self.lighthouse, self.lighthouse_layers = None, ()
+        num_chunks = context_parallel_chunks(job_config)
         if not section.enable:
             return
 
         seq_len, parallelism = job_config.training.seq_len, job_config.parallelism
-        num_chunks = context_parallel_chunks(parallelism)
         if num_chunks > 1 and parallelism.tensor_parallel_degree > 1:
             raise ValueError(
                 f"parallelism.tensor_parallel_degree={parallelism.tensor_parallel_degree} with "
