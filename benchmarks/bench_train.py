@@ -5,9 +5,9 @@
     python benchmarks/bench_train.py --nproc 1 --runs 1m -- …
 
 Every run is the trainer itself, started by torchrun on a file of train_configs with the overrides below and those after
-``--``; one sequence a device (or a group of context-parallel devices), no checkpoints. Rates are medians over the steps after the warm-up, memory is the peak
-that the allocator reserved. Writes train.csv, train.md and each run's log and metrics. Nothing is reported if the
-kernels do not agree with the plain-torch path.
+``--``; one sequence a device (or a group of context-parallel devices), no checkpoints. Rates are medians over the steps
+after the warm-up, memory is the peak that the allocator reserved. Writes train.csv, train.md and each run's
+log and metrics. Nothing is reported if the kernels do not agree with the plain-torch path.
 """
 
 from __future__ import annotations

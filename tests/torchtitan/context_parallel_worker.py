@@ -5,6 +5,7 @@ Run by torchrun, over gloo on CPU or NCCL on GPUs, with the dtype as argument.
 
 import os
 import sys
+from functools import partial
 
 from torchtitan.experiments.lighthouse.cpu import support_ring_attention, use_cpu_without_accelerator
 
@@ -79,16 +80,13 @@ def main() -> None:
         shards = SequenceShards(mesh.get_group(), load_balanced=balanced)
         layer = ShardedLighthouseAttention(CONFIG, ring, shards)
 
-        def run(layer, rows, gqa=groups != HEADS):
-            return results(lambda *x: layer(*x, enable_gqa=gqa), *rows)
-
         check_selection(query, key, own, shards, mesh, where)
         exact = [x.float() for x in inputs]
-        expected = results(lambda *x: lighthouse_attention(*x, CONFIG), *exact)
-        one_device = results(lambda *x: lighthouse_attention(*x, CONFIG, attention=plain), *inputs)
+        expected = results(partial(lighthouse_attention, config=CONFIG), *exact)
+        one_device = results(partial(lighthouse_attention, config=CONFIG, attention=plain), *inputs)
         # Selected from rounded rows in both: float32 copies of them have the same norms.
-        compared = zip(("output", "dq", "dk", "dv"), run(layer, own), expected, one_device, strict=True)
-        for name, got, want, single in compared:
+        ours = results(partial(layer, enable_gqa=groups != HEADS), *own)
+        for name, got, want, single in zip(("output", "dq", "dk", "dv"), ours, expected, one_device, strict=True):
             want, single = shard(want, mesh, balanced), shard(single, mesh, balanced)
             scale = want.abs().max()
             if dtype == torch.float32:
@@ -105,7 +103,8 @@ def main() -> None:
             print(f"{where}: {name} off by {error:.2e}, one device by {allowed:.2e}", flush=True)
 
         without = ShardedLighthouseAttention(CONFIG, ring, WithoutSpill(mesh.get_group(), load_balanced=balanced))
-        missing = shards.stack((run(without, own)[0].float() - shard(expected[0], mesh, balanced)).abs())
+        out = results(partial(without, enable_gqa=groups != HEADS), *own)[0]
+        missing = shards.stack((out.float() - shard(expected[0], mesh, balanced)).abs())
         starts = shards.cover_every == 1 and dist.get_rank() == 0  # this rank holds nothing but the sequence's start
         assert starts or missing[:, :, :SPILL].max() > 0.01, f"{where}: the test does not see the spill"
         assert missing[:, :, SPILL:].max() < (1e-4 if dtype == torch.float32 else 0.2), where

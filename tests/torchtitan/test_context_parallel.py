@@ -9,7 +9,7 @@ from launch import run
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_a_layer_equals_one_device(world_size):
-    """Selection identical; output and gradients to 1e-5, borders included: both layouts and rotations, grouped heads."""
+    """Selection identical; output and gradients to 1e-5, borders included; layouts, rotations, grouped heads."""
     worker = Path(__file__).with_name("context_parallel_worker.py")
     run(
         [
