@@ -1,10 +1,18 @@
 """A sequence split over ranks against one device, over gloo; ``context_parallel_worker.py`` also runs on GPUs."""
 
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from launch import run
+from launch import REPOSITORY, environment, losses, metrics, run, train
+
+#: Eight tiles, so that each of four ranks' two chunks has one.
+SPLIT = {"training__seq_len": "2048", "lighthouse__num_levels": "2", "lighthouse__top_k": "1024"}
+VALIDATED = {
+    "validation__enable": None, "validation__dataset": "stdlib_validation", "validation__seq_len": "2048",
+    "validation__local_batch_size": "1", "validation__steps": "2", "validation__freq": "100",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -17,3 +25,54 @@ def test_a_layer_equals_one_device(world_size):
             *(str(worker), "float32"),
         ]
     )
+
+
+def test_a_whole_run_equals_one_device(tmp_path):
+    """Same weights and data at 1, 2 and 4 ranks a sequence: the same losses, validation's too.
+
+    Two ranks compiled, with selective checkpointing, stopped and resumed; four with the ring.
+    """
+    seed = tmp_path / "seed"  # random numbers on CPU depend on the layout, so all start from one checkpoint
+    train(seed, **SPLIT, checkpoint__create_seed_checkpoint=None)
+    common = SPLIT | VALIDATED | {"checkpoint__initial_load_path": str(seed / "checkpoint/step-0")}
+    two = common | {
+        "parallelism__context_parallel_degree": "2", "compile__enable": None, "compile__backend": "aot_eager",
+        "activation_checkpoint__mode": "selective", "activation_checkpoint__selective_ac_option": "op",
+    }  # fmt: skip
+    four = common | {
+        "parallelism__context_parallel_degree": "4", "parallelism__context_parallel_rotate_method": "alltoall",
+    }  # fmt: skip
+    train(tmp_path / "1", **common, training__steps="4")
+    train(tmp_path / "2", 2, **two, training__steps="2")
+    train(tmp_path / "2", 2, **two, training__steps="4")
+    train(tmp_path / "4", 4, **four, training__steps="4")
+    expected = losses(tmp_path / "1")
+    assert list(expected) == [1, 2, 3, 4]
+    for degree in ("2", "4"):
+        assert losses(tmp_path / degree) == pytest.approx(expected, rel=1e-4)
+        for ours, theirs in zip(metrics(tmp_path / degree), metrics(tmp_path / "1"), strict=True):
+            assert ours.get("tokens_seen") == theirs.get("tokens_seen")
+            if "validation_loss" in theirs:
+                assert ours["validation_loss"] == pytest.approx(theirs["validation_loss"], rel=1e-4)
+
+
+def test_every_context_parallel_config_starts_at_its_full_size(tmp_path):
+    """Up to the first step, on one process that stands for all of them: torchtitan's fake backend."""
+    runs = {"530m_cp": 8, "530m_256k_cp8": 8, "1m_cp8_32gpus": 32}
+    started = {
+        name: subprocess.Popen(
+            [
+                *(sys.executable, "-m", "torchtitan.experiments.lighthouse.train"),
+                *("--job.config_file", str(REPOSITORY / f"train_configs/{name}.toml")),
+                *("--job.dump_folder", str(tmp_path / name), "--comm.mode=fake_backend", "--training.steps=0"),
+                *("--training.dataset=stdlib", "--checkpoint.no-enable", "--metrics.no-enable_tensorboard"),
+            ],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=environment() | {"NGPU": str(size), "WORLD_SIZE": str(size), "RANK": "0", "LOCAL_RANK": "0"},
+        )
+        for name, size in runs.items()
+    }  # fmt: skip
+    for name, process in started.items():
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == 0 and "Training completed" in output, f"{name}\n{output[-4000:]}"
+        assert "rows a sequence" in output

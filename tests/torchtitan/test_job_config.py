@@ -11,8 +11,6 @@ from torchtitan.experiments.lighthouse import lighthouse_args
 from torchtitan.experiments.lighthouse.job_config import parse_layers
 from torchtitan.protocols.train_spec import get_train_spec
 
-from lighthouse import LighthouseAttention
-
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((REPOSITORY / "train_configs").glob("*.toml"))
 PARAMETERS = {"530m": 530_117_632, "268m": 268_104_704, "debug": 1_361_536, "debug_gqa": 1_263_232}
@@ -108,11 +106,12 @@ def test_530m_is_the_papers():
 
 def test_layers_2_to_27_and_only_those_are_routed():
     model = build_on_meta(parse("530m_stage1.toml"))
-    inner = {int(name): layer.attention.inner_attention for name, layer in model.layers.items()}
-    routed = {layer for layer, module in inner.items() if isinstance(module, LighthouseAttention)}
+    attentions = {int(name): layer.attention for name, layer in model.layers.items()}
+    routed = {layer for layer, attention in attentions.items() if attention.lighthouse is not None}
     assert routed == set(range(2, 28))
-    # Around the very wrapper that dense layers use.
-    assert {type(inner[layer].attention) for layer in routed} == {type(inner[0])}
+    # Around the very module that dense layers use, the one that context parallelism works on.
+    assert all(attentions[layer].lighthouse.attention is attentions[layer].inner_attention for layer in routed)
+    assert len({type(attention.inner_attention) for attention in attentions.values()}) == 1
 
 
 def test_every_field_works_on_the_command_line():
@@ -137,6 +136,9 @@ def test_every_field_works_on_the_command_line():
     assert parse("530m_stage1.toml", "--lighthouse.top_k", "2048").lighthouse.top_k == 2048
 
 
+CP2 = ["--parallelism.context_parallel_degree", "2"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -144,7 +146,24 @@ def test_every_field_works_on_the_command_line():
         (["--lighthouse.top_k", "100"], "top_k=100"),
         (["--training.seq_len", "4100"], "seq_len=4100"),
         (["--lighthouse.backend", "triton"], "backend='triton' is not available on 'cpu'"),
-        (["--parallelism.context_parallel_degree", "2"], "context_parallel_degree=2: Lighthouse does not run"),
+        (
+            [*CP2, "--lighthouse.top_k", "768"],
+            "top_k=768: must be a multiple of 128 for each of the 4 chunks of context parallelism, 512; nearest valid "
+            "values: 512 or 1024",
+        ),
+        ([*CP2, "--lighthouse.top_k", "512"], "nearest valid top_k: 256; nearest valid seq_len with top_k=512: 8192"),
+        (
+            [*CP2, "--parallelism.context_parallel_load_balancer", "None", "--lighthouse.top_k", "128"],
+            "top_k=128: must be a multiple of 128 for each of the 2 chunks",
+        ),
+        ([*CP2, "--parallelism.context_parallel_load_balancer", "ptrr"], "load_balancer='ptrr': must be 'headtail'"),
+        ([*CP2, "--lighthouse.scorer", "dilated"], "scorer='dilated': looks past the chunks"),
+        ([*CP2, "--parallelism.tensor_parallel_degree", "2"], "Lighthouse runs under one of the two"),
+        (
+            [*CP2, "--parallelism.context_parallel_load_balancer", "None", "--compile.enable",
+             "--activation_checkpoint.mode", "full"],
+            "would hang with compile.enable=true and activation_checkpoint.mode='full'",
+        ),
         (["--parallelism.tensor_parallel_degree", "3"], "tensor_parallel_degree=3: must divide the model's 4"),
         (
             ["--model.flavor", "debug_gqa", "--parallelism.tensor_parallel_degree", "4"],
@@ -152,7 +171,7 @@ def test_every_field_works_on_the_command_line():
         ),
         (["--validation.enable", "--validation.seq_len", "1000"], "validation.seq_len: seq_len=1000"),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_run_is_refused_before_anything_is_built(overrides, message, monkeypatch):
     monkeypatch.setattr("lighthouse.config.INTERPRETED", False)
     monkeypatch.setattr("torchtitan.experiments.lighthouse.model.args.device_type", "cpu")
