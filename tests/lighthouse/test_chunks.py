@@ -1,4 +1,4 @@
-"""A sequence in chunks against the whole, in one process; ``tests/torchtitan/test_context_parallel.py`` has the ranks."""
+"""A sequence in chunks against the whole, in one process; ``tests/torchtitan/test_context_parallel.py`` has ranks."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def in_chunks(query, key, value, config, num_chunks=4, with_spill=True):
 
 @pytest.mark.parametrize(
     ("geometry", "groups", "batch"),
-    [((4096, 3, 2, 512), 2, 1), ((8192, 3, 2, 512), 1, 2), ((8192, 4, 2, 512), 2, 1), ((8192, 2, 4, 512), 2, 1)],
+    [((4096, 3, 2, 512), 2, 1), ((2048, 2, 2, 512), 1, 2)],
 )
 def test_chunks_equal_the_whole_sequence(geometry, groups, batch, on):
     """Output and gradients in float64; the rows after every border are wrong without the spill."""
