@@ -12,8 +12,6 @@ with every token after t + p^(L-1) replaced; and with dense attention in all lay
 from __future__ import annotations
 
 import argparse
-import copy
-import json
 from pathlib import Path
 
 from torchtitan.experiments.lighthouse.cpu import use_cpu_without_accelerator
@@ -21,10 +19,10 @@ from torchtitan.experiments.lighthouse.cpu import use_cpu_without_accelerator
 use_cpu_without_accelerator()
 
 import torch  # noqa: E402
-import torch.distributed.checkpoint as dcp  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torchtitan.config import ConfigManager, JobConfig  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torchtitan.config import JobConfig  # noqa: E402
+from torchtitan.experiments.lighthouse import checkpoints  # noqa: E402
 from torchtitan.experiments.lighthouse.tokenizer import build_tokenizer  # noqa: E402
 from torchtitan.protocols.train_spec import get_train_spec  # noqa: E402
 from torchtitan.tools.utils import device_type  # noqa: E402
@@ -32,29 +30,8 @@ from torchtitan.tools.utils import device_type  # noqa: E402
 SEQUENCES = 8
 
 
-def load_model(checkpoint: Path, settings: JobConfig, dense: bool) -> nn.Module:
-    """The checkpoint's weights in the run's model, in float32."""
-    settings = copy.deepcopy(settings)
-    settings.lighthouse.enable = not dense
-    spec = get_train_spec(settings.model.name)
-    args = copy.deepcopy(spec.model_args[settings.model.flavor])
-    args.update_from_config(settings)
-    with torch.device(device_type), torch.no_grad():
-        model = spec.model_cls(args)
-        model.init_weights()
-    state = model.state_dict()
-    dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
-    model.load_state_dict(state)
-    return model.eval()
-
-
 def read_settings(checkpoint: Path, dataset: str | None, dataset_path: str | None) -> JobConfig:
-    saved = json.loads((checkpoint.parent.parent / "config.json").read_text())
-    settings = ConfigManager().parse_args(["--job.custom_config_module", saved["job"]["custom_config_module"]])
-    for section in ("model", "lighthouse", "training"):
-        for name, value in saved[section].items():
-            if not isinstance(value, dict):
-                setattr(getattr(settings, section), name, value)
+    settings = checkpoints.read_settings(checkpoint)
     settings.training.local_batch_size = 1
     settings.training.dataset = dataset or settings.training.dataset
     settings.training.dataset_path = dataset_path or settings.training.dataset_path
@@ -64,7 +41,7 @@ def read_settings(checkpoint: Path, dataset: str | None, dataset_path: str | Non
 @torch.no_grad()
 def score(checkpoint: Path, settings: JobConfig, positions: int) -> dict[str, Tensor]:
     """Losses in nats, [positions] a way of scoring."""
-    lighthouse, dense = (load_model(checkpoint, settings, dense=d) for d in (False, True))
+    lighthouse, dense = (checkpoints.load_model(checkpoint, settings, dense=d) for d in (False, True))
     spec = get_train_spec(settings.model.name)
     batches = iter(
         spec.build_dataloader_fn(dp_world_size=1, dp_rank=0, tokenizer=build_tokenizer(settings), job_config=settings)

@@ -20,7 +20,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import shlex
 import sys
 import tempfile
@@ -34,6 +33,7 @@ import torchtitan.experiments.lighthouse  # noqa: F401  registers the model
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torchtitan.config import ConfigManager, JobConfig
+from torchtitan.experiments.lighthouse.checkpoints import checkpoints_in, is_checkpoint, is_complete, step_of
 from torchtitan.protocols.train_spec import get_train_spec
 
 CONFIG_FILE = "stage2.toml"
@@ -53,7 +53,7 @@ class Stage1:
 
     @property
     def step(self) -> int:
-        return _step_of(self.checkpoint)
+        return step_of(self.checkpoint)
 
     @property
     def data_parallel_size(self) -> int:
@@ -101,14 +101,14 @@ def find_stage1(path: Path) -> Stage1:
     """
     if not path.is_dir():
         raise Refused(f"{path}: no such folder; give a Stage 1 dump folder or one of its checkpoint/step-N folders")
-    is_checkpoint = re.fullmatch(r"step-\d+", path.name) is not None
-    config_file = (_dump_folder(path) if is_checkpoint else path) / "config.json"
+    named = is_checkpoint(path)
+    config_file = (_dump_folder(path) if named else path) / "config.json"
     if not config_file.is_file():
         raise Refused(f"{config_file} is missing: {path} is neither a run's dump folder nor a checkpoint of one")
     config = json.loads(config_file.read_text())
     if not config.get("lighthouse", {}).get("enable"):
         raise Refused(f"{config_file}: lighthouse.enable is not true, so this is no Stage 1 run")
-    checkpoint = path if is_checkpoint else _newest(path / config["checkpoint"]["folder"])
+    checkpoint = path if named else _newest(path / config["checkpoint"]["folder"])
     return Stage1(config, checkpoint.resolve(), read_complete(checkpoint))
 
 
@@ -118,9 +118,9 @@ def read_complete(checkpoint: Path) -> Metadata:
     Raises:
         Refused: if the checkpoint is unfinished, cut short, or holds the model alone.
     """
-    if not _is_complete(checkpoint):
+    if not is_complete(checkpoint):
         folder = checkpoint.parent
-        complete = [path.name for path in _checkpoints(folder) if _is_complete(path)]
+        complete = [path.name for path in checkpoints_in(folder) if is_complete(path)]
         raise Refused(
             f"{checkpoint} is incomplete (it has no .metadata: the save did not finish); "
             f"complete ones in {folder}: {', '.join(complete) or 'none'}"
@@ -162,8 +162,8 @@ def check_stage2_folder(folder: Path, stage1: Stage1) -> int | None:
     if not origin or Path(origin).resolve() != stage1.checkpoint:
         what = f"Stage 2 of {origin}" if origin else "a run or files that are not of this Stage 2"
         raise Refused(f"{folder} already holds {what}; choose another --dump-folder for Stage 2 of {stage1.checkpoint}")
-    complete = [path for path in _checkpoints(folder / config["checkpoint"]["folder"]) if _is_complete(path)]
-    return _step_of(complete[-1]) if complete else None
+    complete = [path for path in checkpoints_in(folder / config["checkpoint"]["folder"]) if is_complete(path)]
+    return step_of(complete[-1]) if complete else None
 
 
 def stage2_config(stage1: Stage1, folder: Path, total_steps: int | None) -> dict[str, Any]:
@@ -310,25 +310,12 @@ def _tokenizer_digest(folder: str) -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files if file.is_file())).hexdigest()
 
 
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
-
-
 def _dump_folder(checkpoint: Path) -> Path:
     return checkpoint.resolve().parent.parent
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    return sorted(found, key=_step_of)
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    return (checkpoint / ".metadata").is_file()
-
-
 def _newest(folder: Path) -> Path:
-    checkpoints = _checkpoints(folder)
+    checkpoints = checkpoints_in(folder)
     if not checkpoints:
         raise Refused(f"{folder} holds no checkpoint: Stage 1 has not saved one yet")
     return checkpoints[-1]
