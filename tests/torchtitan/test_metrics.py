@@ -1,6 +1,10 @@
 import json
+import os
 
-from torchtitan.experiments.lighthouse.metrics import JsonlLogger, read_metrics
+import pytest
+from launch import train
+from test_job_config import parse
+from torchtitan.experiments.lighthouse.metrics import JsonlLogger, read_metrics, wandb_environment
 
 
 def train_line(loss: float) -> dict:
@@ -43,3 +47,28 @@ def test_a_resumed_run_appends_and_its_clock_goes_on(tmp_path):
     records = read_metrics(path)
     assert [(r["step"], r["loss"]) for r in records] == [(1, 1.0), (2, 2.0), (3, 30.0), (4, 40.0)]
     assert records[-1]["wall_clock_s"] >= 1000.0
+
+
+def test_wandb_keeps_the_run_and_groups_the_stages(tmp_path):
+    """The same id for the same folder, one group for both stages, another for another run."""
+
+    def environment(folder, *overrides):
+        return wandb_environment(parse("debug.toml", "--job.dump_folder", str(tmp_path / folder), *overrides))
+
+    stage1 = environment("run")
+    checkpoint = tmp_path / "run/checkpoint/step-75"
+    stage2 = environment("run_dense", "--lighthouse.no-enable", "--lighthouse.stage1_checkpoint", str(checkpoint))
+    assert stage1 == environment("run") and stage1["WANDB_RESUME"] == "allow"
+    assert stage1["WANDB_RUN_ID"] != stage2["WANDB_RUN_ID"]
+    assert stage1["WANDB_RUN_GROUP"] == stage2["WANDB_RUN_GROUP"] != environment("other")["WANDB_RUN_GROUP"]
+    assert (stage1["WANDB_RUN_JOB_TYPE"], stage2["WANDB_RUN_JOB_TYPE"]) == ("stage1", "stage2")
+
+
+def test_an_interrupted_wandb_run_goes_on_offline(tmp_path, monkeypatch):
+    """No account, no network: both starts write under the same id."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for steps in ("1", "2"):
+        train(tmp_path, training__steps=steps, metrics__enable_wandb=None)
+    runs = [name for path in tmp_path.rglob("wandb") for name in os.listdir(path) if name.startswith("offline-run-")]
+    assert len(runs) == 2 and {name.rsplit("-", 1)[1] for name in runs} == {(tmp_path / "wandb_id").read_text()}

@@ -1,6 +1,8 @@
 """``metrics.jsonl`` in the dump folder: one line a logged step, beside upstream's console, TensorBoard and W&B."""
 
 import json
+import os
+import secrets
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.protocols.model import BaseModelArgs
 
 METRICS_FILE = "metrics.jsonl"
+WANDB_ID_FILE = "wandb_id"
 
 #: Upstream's metric names, and ours in the file.
 _TRAIN_FIELDS = {
@@ -86,10 +89,42 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [records[key] for key in sorted(records)]
 
 
+def wandb_environment(job_config: JobConfig) -> dict[str, str]:
+    """What upstream's W&B logger reads from the environment: a run that goes on under its own id, beside its stages.
+
+    The id is kept in the dump folder, so that the same command continues the same run. Both stages of an experiment
+    share the group that Stage 1's id names.
+    """
+    folder = Path(job_config.job.dump_folder)
+    origin = job_config.lighthouse.stage1_checkpoint
+    stage1 = Path(origin).parent.parent if origin else folder
+    return {
+        "WANDB_PROJECT": "lighthouse",
+        "WANDB_RUN_ID": _kept_id(folder),
+        "WANDB_RESUME": "allow",
+        "WANDB_RUN_GROUP": f"{stage1.resolve().name}-{_kept_id(stage1)}",
+        "WANDB_RUN_NAME": f"{folder.resolve().name}, {stage_of(job_config)}",
+        "WANDB_RUN_JOB_TYPE": stage_of(job_config),
+    }
+
+
+def _kept_id(folder: Path) -> str:
+    """The id in ``folder``, made up where there is none yet."""
+    path = folder / WANDB_ID_FILE
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(secrets.token_hex(4))
+    return path.read_text().strip()
+
+
 class LighthouseMetricsProcessor(MetricsProcessor):
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims, tag: str | None = None) -> None:
+        logs = torch.distributed.get_rank() == _get_metrics_rank(parallel_dims, job_config)
+        if logs and job_config.metrics.enable_wandb:
+            for name, value in wandb_environment(job_config).items():
+                os.environ.setdefault(name, value)
         super().__init__(job_config, parallel_dims, tag)
-        if torch.distributed.get_rank() == _get_metrics_rank(parallel_dims, job_config):
+        if logs:
             loggers = LoggerContainer()
             loggers.add_logger(self.logger)
             path = Path(job_config.job.dump_folder) / METRICS_FILE
