@@ -20,7 +20,7 @@ demo: install  ## the two-stage recipe in miniature, on a GPU or on the CPU, bes
 	DENSE_STEPS=125 scripts/train_two_stage.sh train_configs/debug.toml outputs/demo
 
 test: install  ## run the test suite
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 lint: install  ## check style
 	$(VENV)/bin/ruff check .
