@@ -245,9 +245,7 @@ def draw(experiments: list[Experiment], window: int, path: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="dump folders; a Stage 2 run right after its Stage 1 run")
-    parser.add_argument(
-        "--output", type=Path, default=Path("."), help="folder for what is written"
-    )
+    parser.add_argument("--output", type=Path, default=Path("."), help="folder for what is written")
     options = parser.parse_args(arguments)
     experiments = load_experiments(options.runs)
     options.output.mkdir(parents=True, exist_ok=True)
