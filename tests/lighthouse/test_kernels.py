@@ -3,10 +3,12 @@
 That everything is written shows because uninitialised memory is poisoned (conftest).
 """
 
+from functools import partial
+
 import pytest
 import torch
 from test_selection import make, random_rows
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from lighthouse import kernels, lighthouse_attention, rows, select
 from lighthouse.pyramid import level_lengths, pool_scores
@@ -210,8 +212,10 @@ def test_forward_and_backward_run_as_a_cuda_graph(groups):
         assert torch.equal(got, want)
 
 
-def test_full_checkpointing_keeps_only_the_input_when_compiled():
-    """The operators are recomputed like any other: the partitioner keeps none of their results."""
+@pytest.mark.parametrize("selective", [False, True], ids=["full", "selective"])
+def test_compiled_checkpointing_keeps_what_it_is_told(selective):
+    """Fully checkpointed, only the input: the partitioner keeps no operator's result. Selectively, the gathered rows
+    and the selection, as ``WORTH_SAVING`` says, and nothing N-sized beside the input."""
     config, seq_len = make(1024, 3, 2, 128, backend="triton")
     project = torch.nn.Linear(16, 16, bias=False, device=DEVICE)
 
@@ -219,14 +223,21 @@ def test_full_checkpointing_keeps_only_the_input_when_compiled():
         heads = project(x).unflatten(-1, (2, 8)).transpose(1, 2)
         return project(lighthouse_attention(heads, 2 * heads, 3 * heads, config).transpose(1, 2).flatten(2))
 
+    contexts = {}
+    if selective:
+        contexts["context_fn"] = partial(create_selective_checkpoint_contexts, list(kernels.WORTH_SAVING))
     torch.compiler.reset()
-    compiled = torch.compile(lambda x: checkpoint(layer, x, use_reentrant=False), backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(
+        lambda x: checkpoint(layer, x, use_reentrant=False, **contexts), backend="aot_eager", fullgraph=True
+    )
     x = torch.randn(1, seq_len, 16, device=DEVICE, requires_grad=True)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
         out = compiled(x)
     # Beside it the weight, and the generator's state that SDPA's dropout would need.
-    assert sum(t.numel() for t in kept if t.is_floating_point()) <= x.numel() + 2 * project.weight.numel()
+    gathered = 3 * 16 * config.selected_length(seq_len) if selective else 0
+    floats = sum(t.numel() for t in kept if t.is_floating_point())
+    assert gathered <= floats <= x.numel() + 2 * project.weight.numel() + gathered
     (ours,) = torch.autograd.grad(out.sum(), x)
     (plain,) = torch.autograd.grad(layer(x).sum(), x)
     torch.testing.assert_close(ours, plain)
