@@ -134,7 +134,7 @@ class LighthouseMetricsProcessor(MetricsProcessor):
     def log(self, *args: Any, extra_metrics: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Upstream's, with tokens counted once: it adds up every rank of a sequence that is split."""
         if extra_metrics and "n_tokens_seen" in extra_metrics:
-            extra_metrics["n_tokens_seen"] /= self.parallel_dims.cp
+            extra_metrics["n_tokens_seen"] //= self.parallel_dims.cp
         super().log(*args, extra_metrics=extra_metrics, **kwargs)
 
 
