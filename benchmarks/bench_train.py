@@ -52,7 +52,7 @@ RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
     "98k selective checkpointing": ("530m_stage1.toml", ()),
     "98k dilated": ("530m_stage1.toml", (*NO_CHECKPOINTING, "--lighthouse.scorer=dilated", "--lighthouse.dilation=4")),
     "98k plain torch": ("530m_stage1.toml", ("--lighthouse.backend=torch", *FULL_CHECKPOINTING)),
-    "98k k=2048": ("530m_stage1.toml", (*NO_CHECKPOINTING, "--lighthouse.top_k=2048")),
+    "98k k2048": ("530m_stage1.toml", (*NO_CHECKPOINTING, "--lighthouse.top_k=2048")),
     "98k cp2 dense": ("530m_cp.toml", (*NO_CHECKPOINTING, "--lighthouse.no-enable")),
     "98k cp2": ("530m_cp.toml", NO_CHECKPOINTING),
     "98k cp4 dense": ("530m_cp.toml", (*NO_CHECKPOINTING, *CP4, "--lighthouse.no-enable")),
