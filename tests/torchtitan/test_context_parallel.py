@@ -42,15 +42,15 @@ def test_a_whole_run_equals_one_device(tmp_path):
     four = common | {
         "parallelism__context_parallel_degree": "4", "parallelism__context_parallel_rotate_method": "alltoall",
     }  # fmt: skip
-    train(tmp_path / "1", **common, training__steps="4")
-    train(tmp_path / "2", 2, **two, training__steps="2")
-    train(tmp_path / "2", 2, **two, training__steps="4")
-    train(tmp_path / "4", 4, **four, training__steps="4")
+    train(tmp_path / "1", **common, training__steps="3")
+    train(tmp_path / "2", 2, **two, training__steps="1")
+    train(tmp_path / "2", 2, **two, training__steps="3")
+    train(tmp_path / "4", 4, **four, training__steps="2")
     expected = losses(tmp_path / "1")
-    assert list(expected) == [1, 2, 3, 4]
-    for degree in ("2", "4"):
-        assert losses(tmp_path / degree) == pytest.approx(expected, rel=1e-4)
-        for ours, theirs in zip(metrics(tmp_path / degree), metrics(tmp_path / "1"), strict=True):
+    assert list(expected) == [1, 2, 3]
+    for degree, steps in (("2", 3), ("4", 2)):
+        assert losses(tmp_path / degree) == pytest.approx({k: v for k, v in expected.items() if k <= steps}, rel=1e-4)
+        for ours, theirs in zip(metrics(tmp_path / degree), metrics(tmp_path / "1"), strict=False):
             assert ours.get("tokens_seen") == theirs.get("tokens_seen")
             if "validation_loss" in theirs:
                 assert ours["validation_loss"] == pytest.approx(theirs["validation_loss"], rel=1e-4)

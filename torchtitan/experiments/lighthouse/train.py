@@ -32,7 +32,8 @@ class LighthouseTrainer(upstream.Trainer):
         super().__init__(job_config)
         self.optimizers.register_step_pre_hook(self._before_optimizer_step)
         if self.parallel_dims.world_size == 1:
-            # FSDP sets the precision here too (infra/parallelize.py); upstream would have added autocast.
+            # FSDP sets the precision here too (infra/parallelize.py); upstream has just added autocast, and said so.
+            logger.info("One device: mixed precision is handled by fully_shard after all, as on several")
             self.maybe_enable_amp = nullcontext()
             if job_config.validation.enable:
                 self.validator.maybe_enable_amp = self.maybe_enable_amp
