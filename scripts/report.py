@@ -21,6 +21,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import EngFormatter
 from torchtitan.experiments.lighthouse.metrics import METRICS_FILE, read_metrics
 
 #: Losses are noisy: the table and the smooth curves take means over so many logged steps, fewer for short runs.
@@ -221,19 +222,23 @@ def as_page(found: list[Table], picture: Path) -> str:
 
 def draw(experiments: list[Experiment], window: int, path: Path) -> None:
     """Loss against steps, tokens and wall-clock, raw and smoothed, with the switch marked."""
+    longest = max(experiment.hours[-1] for experiment in experiments)
+    unit, an_hour = ("hours", 1) if longest > 2 else ("minutes", 60)
     figure, panels = plt.subplots(1, 3, figsize=(14, 4.2), dpi=130, layout="constrained", sharey=True)
     for number, experiment in enumerate(experiments):
         color = f"C{number}"
         smooth = [loss for part in experiment.parts for loss in part.smooth(window)]
+        times = [hours * an_hour for hours in experiment.hours]
         switch = len(experiment.parts[0].records) if experiment.parts[-1].name == "stage2" else None
-        for axes, along in zip(panels, (experiment.steps, experiment.tokens, experiment.hours), strict=True):
+        for axes, along in zip(panels, (experiment.steps, experiment.tokens, times), strict=True):
             axes.plot(along, experiment.losses, color=color, alpha=0.3, linewidth=0.8)
             axes.plot(along, smooth, color=color, linewidth=1.6, label=experiment.name)
             if switch and switch < len(along):
                 axes.axvline((along[switch - 1] + along[switch]) / 2, color=color, linestyle=":", linewidth=1)
-    for axes, label in zip(panels, ("step", "tokens", "hours, with start-up, validation and checkpoints"), strict=True):
+    for axes, label in zip(panels, ("step", "tokens", f"{unit}, with start-up, validation and saving"), strict=True):
         axes.set_xlabel(label)
         axes.grid(alpha=0.25)
+    panels[1].xaxis.set_major_formatter(EngFormatter(sep=" "))
     panels[0].set_ylabel("loss (nats per token)")
     panels[0].legend(frameon=False)
     title = f"Training loss, raw and as a mean over {window} logged steps; dotted: the switch to dense"
