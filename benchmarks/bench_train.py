@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 import triton
 from bench_attention import check
+from torchtitan.experiments.lighthouse.job_config import split_overrides
 from torchtitan.experiments.lighthouse.metrics import METRICS_FILE, read_metrics
 
 from lighthouse import LighthouseConfig
@@ -139,11 +140,7 @@ def write(rows: list[Row], options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    arguments = sys.argv[1:]
-    overrides = []
-    if "--" in arguments:
-        at = arguments.index("--")
-        arguments, overrides = arguments[:at], arguments[at + 1 :]
+    arguments, overrides = split_overrides(sys.argv[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), metavar="RUN", help=", ".join(RUNS))
     parser.add_argument("--nproc", type=int, default=max(1, torch.cuda.device_count()), help="devices; default: all")

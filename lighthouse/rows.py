@@ -79,12 +79,12 @@ class _PoolRows(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, entry: Tensor, place: Tensor, how: How) -> Tensor:
         ctx.save_for_backward(place)
         ctx.seq_len, ctx.how = rows.shape[2], how
-        return _pool(rows, entry, *how)
+        return _pool(rows, entry, how)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _spread(grad, *ctx.saved_tensors, ctx.seq_len, *ctx.how), None, None, None
+        return _spread(grad, *ctx.saved_tensors, ctx.seq_len, ctx.how), None, None, None
 
 
 class _SpreadRows(torch.autograd.Function):
@@ -94,16 +94,17 @@ class _SpreadRows(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(entry)
         ctx.how, ctx.has_halo = how, halo is not None
-        return _spread(rows, place, seq_len, *how, halo)
+        return _spread(rows, place, seq_len, how, halo)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         halo_grad = halo_gradient(grad, *ctx.how[:2]) if ctx.has_halo else None
-        return _pool(grad, *ctx.saved_tensors, *ctx.how), None, None, None, None, halo_grad
+        return _pool(grad, *ctx.saved_tensors, ctx.how), None, None, None, None, halo_grad
 
 
-def _pool(rows: Tensor, entry: Tensor, num_levels: int, factor: int, shift: int, mean: bool) -> Tensor:
+def _pool(rows: Tensor, entry: Tensor, how: How) -> Tensor:
+    num_levels, factor, shift, mean = how
     lengths = level_lengths(rows.shape[2], num_levels, factor)
     if shift:
         # Shift down by a row and fill up to whole windows past the end; every level's window 0 is then of no use.
@@ -113,16 +114,8 @@ def _pool(rows: Tensor, entry: Tensor, num_levels: int, factor: int, shift: int,
     return _take(torch.cat(pyramid, dim=2), entry)
 
 
-def _spread(
-    rows: Tensor,
-    place: Tensor,
-    seq_len: int,
-    num_levels: int,
-    factor: int,
-    shift: int,
-    mean: bool,
-    halo: Tensor | None = None,
-) -> Tensor:
+def _spread(rows: Tensor, place: Tensor, seq_len: int, how: How, halo: Tensor | None = None) -> Tensor:
+    num_levels, factor, shift, mean = how
     position = torch.arange(seq_len, device=rows.device)
     total = None
     for level, offset in enumerate(level_offsets(seq_len, num_levels, factor)[:-1]):

@@ -105,7 +105,9 @@ def open_run(path: Path) -> Subject:
 
     return Subject(
         path=checkpoint,
-        output=checkpoint.parent.parent / f"niah-{path.name}" if checkpoints.is_checkpoint(path) else path / "niah",
+        output=checkpoints.dump_folder_of(checkpoint) / f"niah-{path.name}"
+        if checkpoints.is_checkpoint(path)
+        else path / "niah",
         max_context=settings.training.seq_len,
         limit="training.seq_len",
         # The inner tokenizer: the outer one cannot leave out a begin-of-text token that tokenizer.json adds.
@@ -141,10 +143,7 @@ def open_hugging_face(path: Path) -> Subject:
 
 def last_logits(model: nn.Module, tokens: Tensor) -> Tensor:
     """``model(tokens)[:, -1]``, tokens [B, N] to [B, V], without the logits of the other positions."""
-    hidden = model.tok_embeddings(tokens)
-    for layer in model.layers.values():
-        hidden = layer(hidden, model.freqs_cis, attention_masks=None)
-    return model.output(model.norm(hidden[:, -1]))
+    return model.output(model.norm(model.hidden_states(tokens)[:, -1]))
 
 
 @dataclass

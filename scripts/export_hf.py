@@ -38,7 +38,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import Sequence, TemplateProcessing
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.experiments.lighthouse import LighthouseTransformer, lighthouse_args
-from torchtitan.experiments.lighthouse.checkpoints import find_checkpoint, load_model, read_settings
+from torchtitan.experiments.lighthouse.checkpoints import dump_folder_of, find_checkpoint, load_model, read_settings
 from torchtitan.experiments.lighthouse.tokenizer import build_tokenizer
 from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
 
@@ -90,8 +90,7 @@ def export(path: Path, output: Path | None, dtype: torch.dtype, tokenizer: Path 
     from transformers import LlamaForCausalLM
 
     checkpoint = find_checkpoint(path)
-    dump_folder = checkpoint.parent.parent
-    output = output or dump_folder / f"hf-{checkpoint.name}"
+    output = output or dump_folder_of(checkpoint) / f"hf-{checkpoint.name}"
     settings = read_settings(checkpoint)
     if tokenizer is not None:
         settings.model.hf_assets_path = str(tokenizer)

@@ -33,7 +33,15 @@ import torchtitan.experiments.lighthouse  # noqa: F401  registers the model
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torchtitan.config import ConfigManager, JobConfig
-from torchtitan.experiments.lighthouse.checkpoints import checkpoints_in, is_checkpoint, is_complete, step_of
+from torchtitan.experiments.lighthouse.checkpoints import (
+    checkpoints_in,
+    complete_checkpoints_in,
+    dump_folder_of,
+    is_checkpoint,
+    is_complete,
+    step_of,
+)
+from torchtitan.experiments.lighthouse.job_config import split_overrides, without_none
 from torchtitan.protocols.train_spec import get_train_spec
 
 CONFIG_FILE = "stage2.toml"
@@ -64,11 +72,11 @@ def main(arguments: list[str] | None = None) -> None:
     options, overrides = _parse(sys.argv[1:] if arguments is None else arguments)
     try:
         stage1 = find_stage1(options.stage1)
-        folder = options.dump_folder or Path(f"{_dump_folder(stage1.checkpoint)}_dense")
+        folder = options.dump_folder or Path(f"{dump_folder_of(stage1.checkpoint)}_dense")
         newest = check_stage2_folder(folder, stage1)
         config = stage2_config(stage1, folder, options.total_steps)
         launcher, world_size = torchrun(options.torchrun, stage1)
-        toml = tomli_w.dumps(_without_none(config))
+        toml = tomli_w.dumps(without_none(config))
         changes = [*_explicit_none(config), *overrides]
         merged = merge(toml, changes)
         check_continuation(stage1, config, merged, world_size)
@@ -102,7 +110,7 @@ def find_stage1(path: Path) -> Stage1:
     if not path.is_dir():
         raise Refused(f"{path}: no such folder; give a Stage 1 dump folder or one of its checkpoint/step-N folders")
     named = is_checkpoint(path)
-    config_file = (_dump_folder(path) if named else path) / "config.json"
+    config_file = (dump_folder_of(path) if named else path) / "config.json"
     if not config_file.is_file():
         raise Refused(f"{config_file} is missing: {path} is neither a run's dump folder nor a checkpoint of one")
     config = json.loads(config_file.read_text())
@@ -120,7 +128,7 @@ def read_complete(checkpoint: Path) -> Metadata:
     """
     if not is_complete(checkpoint):
         folder = checkpoint.parent
-        complete = [path.name for path in checkpoints_in(folder) if is_complete(path)]
+        complete = [path.name for path in complete_checkpoints_in(folder)]
         raise Refused(
             f"{checkpoint} is incomplete (it has no .metadata: the save did not finish); "
             f"complete ones in {folder}: {', '.join(complete) or 'none'}"
@@ -151,7 +159,7 @@ def check_stage2_folder(folder: Path, stage1: Stage1) -> int | None:
     Raises:
         Refused: if the folder is Stage 1's, or holds another run.
     """
-    if folder.resolve() == _dump_folder(stage1.checkpoint):
+    if folder.resolve() == dump_folder_of(stage1.checkpoint):
         raise Refused(f"--dump-folder {folder} is Stage 1's own: Stage 2 needs another, so that Stage 1 stays whole")
     others = [path for path in folder.glob("*") if path.name != CONFIG_FILE]
     if not others:
@@ -162,7 +170,7 @@ def check_stage2_folder(folder: Path, stage1: Stage1) -> int | None:
     if not origin or Path(origin).resolve() != stage1.checkpoint:
         what = f"Stage 2 of {origin}" if origin else "a run or files that are not of this Stage 2"
         raise Refused(f"{folder} already holds {what}; choose another --dump-folder for Stage 2 of {stage1.checkpoint}")
-    complete = [path for path in checkpoints_in(folder / config["checkpoint"]["folder"]) if is_complete(path)]
+    complete = complete_checkpoints_in(folder / config["checkpoint"]["folder"])
     return step_of(complete[-1]) if complete else None
 
 
@@ -310,10 +318,6 @@ def _tokenizer_digest(folder: str) -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files if file.is_file())).hexdigest()
 
 
-def _dump_folder(checkpoint: Path) -> Path:
-    return checkpoint.resolve().parent.parent
-
-
 def _newest(folder: Path) -> Path:
     checkpoints = checkpoints_in(folder)
     if not checkpoints:
@@ -327,12 +331,6 @@ def _set_unfinished_aside(folder: Path) -> None:
         aside = next(path for n in range(1, 10**6) if not (path := Path(f"{folder}.unfinished-{n}")).exists())
         print(f"{folder} holds no complete checkpoint: moved to {aside}")
         folder.rename(aside)
-
-
-def _without_none(config: Any) -> Any:
-    if isinstance(config, dict):
-        return {name: _without_none(value) for name, value in config.items() if value is not None}
-    return config
 
 
 def _explicit_none(config: dict[str, Any]) -> list[str]:
@@ -357,10 +355,7 @@ def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[st
 
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    overrides: list[str] = []
-    if "--" in arguments:
-        split = arguments.index("--")
-        arguments, overrides = arguments[:split], arguments[split + 1 :]
+    arguments, overrides = split_overrides(arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage1", type=Path, help="Stage 1's dump folder, or one of its checkpoint/step-N folders")
     parser.add_argument(

@@ -19,12 +19,12 @@ import shlex
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import tomli_w
 import torchtitan.experiments.lighthouse  # noqa: F401  registers the model
 from torchtitan.config import ConfigManager, JobConfig
-from torchtitan.experiments.lighthouse.checkpoints import checkpoints_in, is_complete, step_of
+from torchtitan.experiments.lighthouse.checkpoints import complete_checkpoints_in, step_of
+from torchtitan.experiments.lighthouse.job_config import split_overrides, without_none
 from torchtitan.experiments.lighthouse.metrics import METRICS_FILE, read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -136,7 +136,7 @@ def progress(run: Run, outputs: Path) -> str:
         if not (folder / METRICS_FILE).is_file():
             continue
         records = [record for record in read_metrics(folder / METRICS_FILE) if "loss" in record]
-        saved = [step_of(path) for path in checkpoints_in(folder / "checkpoint") if is_complete(path)]
+        saved = [step_of(path) for path in complete_checkpoints_in(folder / "checkpoint")]
         if records:
             last = records[-1]
             saved_at = f", saved at {saved[-1]:,}" if saved else ""
@@ -171,7 +171,7 @@ def show(run: Run, options: argparse.Namespace) -> None:
     if run.loss is not None:
         print(f"# published: loss {run.loss:.4f}, {run.tokens_per_second}k tokens/s/GPU in Stage 1 (B200)")
     print(f"# here: {progress(run, options.outputs)}\n")
-    print(tomli_w.dumps(_without_none(asdict(settings))))
+    print(tomli_w.dumps(without_none(asdict(settings))))
 
 
 def table(outputs: Path) -> str:
@@ -188,18 +188,8 @@ def table(outputs: Path) -> str:
     )
 
 
-def _without_none(value: Any) -> Any:
-    """TOML has no None."""
-    if isinstance(value, dict):
-        return {name: _without_none(item) for name, item in value.items() if item is not None}
-    return value
-
-
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    overrides: list[str] = []
-    if "--" in arguments:
-        at = arguments.index("--")
-        arguments, overrides = arguments[:at], arguments[at + 1 :]
+    arguments, overrides = split_overrides(arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("list", "show", "run", "stage2"))
     parser.add_argument("name", nargs="?", help="one of list's names")

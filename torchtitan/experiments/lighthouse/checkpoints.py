@@ -33,6 +33,15 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return sorted(filter(is_checkpoint, folder.glob("step-*")), key=step_of)
 
 
+def complete_checkpoints_in(folder: Path) -> list[Path]:
+    return [path for path in checkpoints_in(folder) if is_complete(path)]
+
+
+def dump_folder_of(checkpoint: Path) -> Path:
+    """The run's folder; checkpoints lie in a folder of it."""
+    return checkpoint.resolve().parent.parent
+
+
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint at ``path``: a ``step-N`` folder, or a run's dump folder, whose newest complete one it is.
 
@@ -43,14 +52,14 @@ def find_checkpoint(path: Path) -> Path:
         raise FileNotFoundError(f"{path}: no such folder; give a run's dump folder or one of its checkpoint/step-N")
     if is_checkpoint(path):
         if not is_complete(path):
-            names = [other.name for other in checkpoints_in(path.parent) if is_complete(other)]
+            names = [other.name for other in complete_checkpoints_in(path.parent)]
             raise FileNotFoundError(f"{path} is incomplete; complete ones beside it: {', '.join(names) or 'none'}")
         return path.resolve()
     config_file = path / "config.json"
     if not config_file.is_file():
         raise FileNotFoundError(f"{config_file} is missing: {path} is neither a run's dump folder nor a checkpoint")
     folder = path / json.loads(config_file.read_text())["checkpoint"]["folder"]
-    complete = [checkpoint for checkpoint in checkpoints_in(folder) if is_complete(checkpoint)]
+    complete = complete_checkpoints_in(folder)
     if not complete:
         raise FileNotFoundError(f"{folder} holds no complete checkpoint")
     return complete[-1].resolve()
@@ -58,7 +67,7 @@ def find_checkpoint(path: Path) -> Path:
 
 def read_settings(checkpoint: Path) -> JobConfig:
     """The settings of the run that saved ``checkpoint``: its model, tokenizer, data and [lighthouse] sections."""
-    saved = json.loads((checkpoint.parent.parent / "config.json").read_text())
+    saved = json.loads((dump_folder_of(checkpoint) / "config.json").read_text())
     settings = ConfigManager().parse_args(["--job.custom_config_module", saved["job"]["custom_config_module"]])
     for section in ("model", "lighthouse", "training"):
         for name, value in saved[section].items():

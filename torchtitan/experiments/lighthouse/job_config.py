@@ -5,7 +5,7 @@ Loaded through ``job.custom_config_module``; torchtitan merges these dataclasses
 
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from torchtitan.config import job_config as upstream
 from torchtitan.experiments.lighthouse.tokenizer import BYTE_TOKENIZER_PATH
@@ -95,6 +95,19 @@ def parse_layers(layers: str, n_layers: int) -> tuple[int, ...]:
             )
         chosen.update(range(first, final + 1))
     return tuple(sorted(chosen))
+
+
+def split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """A command line at its "--": a script's own arguments, and settings that it passes on to the trainer."""
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    return arguments[:at], arguments[at + 1 :]
+
+
+def without_none(config: Any) -> Any:
+    """Settings as TOML can hold them: it has no None."""
+    if isinstance(config, dict):
+        return {name: without_none(value) for name, value in config.items() if value is not None}
+    return config
 
 
 @dataclass

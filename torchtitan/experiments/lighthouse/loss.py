@@ -24,6 +24,9 @@ CHUNK_LOGITS = 2**30
 
 ChunkLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
+#: Inputs, labels, extra inputs and extra arguments of the model, as upstream's trainer and validator prepare them.
+Processed = tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Any]]
+
 
 class OutputProjection(nn.Linear):
     """Upstream's output layer; given labels, it returns the summed cross-entropy instead of the logits."""
@@ -115,3 +118,11 @@ def model_takes_labels(parallel_dims: ParallelDims) -> bool:
     Tensor parallelism shards the vocabulary and has its own parallel loss; pipeline stages hand on activations only.
     """
     return not (parallel_dims.tp_enabled or parallel_dims.pp_enabled)
+
+
+def with_labels(processed: Processed, parallel_dims: ParallelDims) -> Processed:
+    """What ``post_dataloading_process`` returns, with the labels among the model's arguments if it takes them."""
+    _, labels, _, extra_kwargs = processed
+    if model_takes_labels(parallel_dims):
+        extra_kwargs["labels"] = labels
+    return processed

@@ -20,7 +20,7 @@ import torchtitan.train as upstream
 from torch import Tensor
 from torchtitan.config import JobConfig
 from torchtitan.distributed import utils as dist_utils
-from torchtitan.experiments.lighthouse.loss import model_takes_labels
+from torchtitan.experiments.lighthouse.loss import Processed, with_labels
 from torchtitan.experiments.lighthouse.metrics import stage_of
 from torchtitan.tools.logging import logger
 
@@ -38,14 +38,8 @@ class LighthouseTrainer(upstream.Trainer):
             if job_config.validation.enable:
                 self.validator.maybe_enable_amp = self.maybe_enable_amp
 
-    def post_dataloading_process(
-        self, input_dict: dict[str, Tensor], labels: Tensor
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Any]]:
-        """Upstream's, with the labels among the model's arguments where it computes the loss itself."""
-        inputs, labels, extra_inputs, extra_kwargs = super().post_dataloading_process(input_dict, labels)
-        if model_takes_labels(self.parallel_dims):
-            extra_kwargs["labels"] = labels
-        return inputs, labels, extra_inputs, extra_kwargs
+    def post_dataloading_process(self, *args: Any) -> Processed:
+        return with_labels(super().post_dataloading_process(*args), self.parallel_dims)
 
     def forward_backward_step(self, **kwargs: Any) -> Tensor:
         loss = super().forward_backward_step(**kwargs)

@@ -38,10 +38,19 @@ class LighthouseTransformer(Transformer):
         """Tokens [B, N] to logits [B, N, V] as upstream, or, with labels [B, N], to the summed loss, a scalar."""
         if labels is None:
             return super().forward(tokens, attention_masks, positions)
+        return self.output(self.norm(self.hidden_states(tokens, attention_masks, positions)), labels)
+
+    def hidden_states(
+        self,
+        tokens: Tensor,
+        attention_masks: AttentionMasksType | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """Tokens [B, N] to the last layer's output [B, N, dim], before the norm."""
         hidden = self.tok_embeddings(tokens)
         for layer in self.layers.values():
             hidden = layer(hidden, self.freqs_cis, attention_masks=attention_masks, positions=positions)
-        return self.output(self.norm(hidden), labels)
+        return hidden
 
 
 class FusedRotaryAttention(Attention):
