@@ -115,8 +115,8 @@ class LighthouseTrainer(upstream.Trainer):
                 self._refuse_unloaded_stage2()
             return
         tokens = torch.tensor(self.ntokens_seen, dtype=torch.int64, device=self.device)
-        if self.parallel_dims.dp_cp_enabled:
-            tokens = dist_utils.dist_sum(tokens, self.parallel_dims.get_optional_mesh("loss"))
+        if self.parallel_dims.dp_enabled:  # ranks that share a sequence have all counted it
+            tokens = dist_utils.dist_sum(tokens, self.parallel_dims.get_mesh("batch"))
         scheduler = self.lr_schedulers.schedulers[0]
         saved, base, schedule = scheduler.get_last_lr()[0], scheduler.base_lrs[0], scheduler.lr_lambdas[0]
         scheduled = base * schedule(scheduler.last_epoch)
