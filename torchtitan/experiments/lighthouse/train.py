@@ -25,6 +25,18 @@ from torchtitan.experiments.lighthouse.metrics import stage_of
 from torchtitan.tools.logging import logger
 
 
+class _HostTensor(Tensor):
+    """A batch, or what is computed from it on the host, that goes to the device without waiting for the device.
+
+    Upstream's ``.to(device)`` waits until all that was launched has run. Each step would begin with an empty queue,
+    and a step of short layers would never fill it again.
+    """
+
+    def to(self, device: torch.device) -> Tensor:
+        tensor = self.as_subclass(Tensor)
+        return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
 class LighthouseTrainer(upstream.Trainer):
     def __init__(self, job_config: JobConfig) -> None:
         self._losses: list[Tensor] = []
@@ -96,7 +108,13 @@ class LighthouseTrainer(upstream.Trainer):
     def batch_generator(self, data_iterable: Iterable) -> Any:
         # Upstream asks for the batches right after it has loaded a checkpoint, or has not.
         self._announce_start()
-        return super().batch_generator(data_iterable)
+        return self._without_waiting(super().batch_generator(data_iterable))
+
+    @staticmethod
+    def _without_waiting(batches: Iterable) -> Any:
+        for inputs, labels in batches:
+            inputs = {name: tensor.as_subclass(_HostTensor) for name, tensor in inputs.items()}
+            yield inputs, labels.as_subclass(_HostTensor)
 
     def _announce_start(self) -> None:
         stage, config = stage_of(self.job_config), self.job_config

@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch._inductor import config as inductor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor.experimental._attention import set_rotate_method
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
@@ -15,11 +16,17 @@ from torchtitan.tools.utils import device_type
 from lighthouse import SequenceShards, ShardedLighthouseAttention
 from lighthouse.selection import kernels
 
+#: The compiler's own passes that start exchanges early and wait for them late; it runs none by default.
+OVERLAP = ["sink_waits_iterative", "reorder_communication_preserving_peak_memory", "sink_waits_iterative"]
+
 
 def shard_sequence(model: nn.Module, parallel_dims: ParallelDims, parallelism: Parallelism) -> None:
     """What context parallelism needs beside upstream's ring attention, which upstream applies itself."""
     # Upstream reads this setting for validation only.
     set_rotate_method(parallelism.context_parallel_rotate_method)
+    # While it is traced, the ring waits for an exchange where it starts it: let the compiler put attention in between.
+    inductor.reorder_for_compute_comm_overlap = True
+    inductor.reorder_for_compute_comm_overlap_passes = OVERLAP
     if device_type == "cpu":
         support_ring_attention()
     shards = SequenceShards(
