@@ -1,6 +1,6 @@
 """Lighthouse Attention, for any trainer."""
 
-from lighthouse.attention import LighthouseAttention, attend_selected, causal_attention, lighthouse_attention
+from lighthouse.attention import LighthouseAttention, Rotate, attend_selected, causal_attention, lighthouse_attention
 from lighthouse.config import LighthouseConfig
 from lighthouse.context_parallel import SequenceShards, ShardedLighthouseAttention, context_parallel_attention
 from lighthouse.selection import Selection, select
@@ -8,6 +8,7 @@ from lighthouse.selection import Selection, select
 __all__ = [
     "LighthouseAttention",
     "LighthouseConfig",
+    "Rotate",
     "Selection",
     "SequenceShards",
     "ShardedLighthouseAttention",

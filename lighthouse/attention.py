@@ -19,6 +19,9 @@ from lighthouse.selection import Selection, check_shapes, kernels, select
 #: Causal attention over [B, H, S, D] and [B, G, S, D]; called with ``enable_gqa=True`` where G < H.
 InnerAttention = Callable[..., Tensor]
 
+#: A rotary embedding: rows [B, H, S, D], turned by their positions [B, G, S], int64; each group's serve its H/G heads.
+Rotate = Callable[[Tensor, Tensor], Tensor]
+
 
 def lighthouse_attention(
     query: Tensor,
@@ -27,6 +30,7 @@ def lighthouse_attention(
     config: LighthouseConfig,
     *,
     attention: InnerAttention | None = None,
+    rotate: Rotate | None = None,
 ) -> Tensor:
     """Causal attention through a selected pyramid, differentiable in query, key and value.
 
@@ -35,18 +39,25 @@ def lighthouse_attention(
         key, value: [B, G, N, D] with G dividing H, of the same dtype and device.
         config: valid for N (``config.validate(N)``).
         attention: the inner attention, causal, scale 1/√D. Default: ``causal_attention``.
+        rotate: the rotary embedding, for queries and keys that come without it: pooled first, each entry is then turned
+            by its last covered position. (The published method pools rotated rows, which averages high frequencies
+            away.) Norms do not change by turning, so the selection is the same; the other scorers are refused.
 
     Returns:
         [B, H, N, D] in the dtype of ``query``.
 
     Raises:
-        ValueError: for shapes, dtypes or devices that do not fit together, an invalid geometry or a backend that is
-            not available.
+        ValueError: for shapes, dtypes or devices that do not fit together, an invalid geometry, a backend that is
+            not available, or ``rotate`` with another scorer than ``norm``.
     """
     check_inputs(query, key, value)
     config.resolve_backend(query.device.type)
+    if rotate is not None and config.scorer != "norm":
+        raise ValueError(
+            f"scorer={config.scorer!r} attends to rotated queries and keys: rotate needs the scorer 'norm'"
+        )
     selection = select(query, key, config, value=value)
-    return attend_selected(query, key, value, selection, config, attention=attention)
+    return attend_selected(query, key, value, selection, config, attention=attention, rotate=rotate)
 
 
 def attend_selected(
@@ -57,10 +68,14 @@ def attend_selected(
     config: LighthouseConfig,
     *,
     attention: InnerAttention | None = None,
+    rotate: Rotate | None = None,
 ) -> Tensor:
     """``lighthouse_attention`` through a selection that is already made; arguments and result as there."""
     attention = attention or causal_attention
     short = [pool_and_gather(rows, selection, config) for rows in (query, key, value)]
+    if rotate is not None:
+        position = selection.last_positions(config.pooling_factor)
+        short[:2] = [rotate(rows, position) for rows in short[:2]]
     grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
     return scatter_back(attention(*short, **grouped), selection, query.shape[2], config)
 
@@ -77,16 +92,18 @@ class LighthouseAttention(nn.Module):
         self.config = config
         self.attention = attention or causal_attention
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *, enable_gqa: bool = False) -> Tensor:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, *, enable_gqa: bool = False, rotate: Rotate | None = None
+    ) -> Tensor:
         """[B, H, N, D] and twice [B, G, N, D] to [B, H, N, D]; G < H needs ``enable_gqa``, as in torch's SDPA."""
         if query.shape[1] != key.shape[1] and not enable_gqa:
             raise ValueError(
                 f"{query.shape[1]} query heads and {key.shape[1]} key/value heads: grouped heads need enable_gqa=True"
             )
-        return self.attend(query, key, value)
+        return self.attend(query, key, value, rotate)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return lighthouse_attention(query, key, value, self.config, attention=self.attention)
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, rotate: Rotate | None) -> Tensor:
+        return lighthouse_attention(query, key, value, self.config, attention=self.attention, rotate=rotate)
 
     def extra_repr(self) -> str:
         return str(self.config)

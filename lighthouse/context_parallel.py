@@ -13,7 +13,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 
-from lighthouse.attention import InnerAttention, LighthouseAttention, check_inputs, pool_and_gather, scatter_back
+from lighthouse.attention import (
+    InnerAttention,
+    LighthouseAttention,
+    Rotate,
+    check_inputs,
+    pool_and_gather,
+    scatter_back,
+)
 from lighthouse.config import LighthouseConfig
 from lighthouse.pyramid import level_lengths, level_offsets
 from lighthouse.selection import Selection, select
@@ -96,6 +103,7 @@ def context_parallel_attention(
     shards: SequenceShards,
     *,
     attention: InnerAttention,
+    rotate: Rotate | None = None,
 ) -> Tensor:
     """``lighthouse_attention`` of the whole sequence, on the chunks that this rank holds.
 
@@ -105,6 +113,7 @@ def context_parallel_attention(
         config: of the whole sequence; ``config.validate(N, shards.num_chunks)`` must hold.
         shards: the layout and the group.
         attention: causal attention over the sequence that all ranks hold together, in the same layout: ring attention.
+        rotate: as in ``lighthouse_attention``; positions count the rank's own N/W rows.
 
     Returns:
         [B, H, N/W, D], equal to one device's result.
@@ -119,6 +128,10 @@ def context_parallel_attention(
     chunks = [shards.stack(rows) for rows in (query, key, value)]
     selection = select(*chunks[:2], config, cover_every=shards.cover_every)
     short = [shards.join(pool_and_gather(rows, selection, config)) for rows in chunks]
+    if rotate is not None:
+        position = shards.join(selection.last_positions(config.pooling_factor)[..., None])[..., 0]
+        chunk = torch.arange(position.shape[-1], device=position.device) // (position.shape[-1] // shards.held)
+        short[:2] = [rotate(rows, position + chunk * chunk_len) for rows in short[:2]]
     grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
     out = shards.stack(attention(*short, **grouped))
     halo = shards.pass_on(last_rows(out, selection, chunk_len, config))
@@ -132,8 +145,10 @@ class ShardedLighthouseAttention(LighthouseAttention):
         super().__init__(config, attention)
         self.shards = shards
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return context_parallel_attention(query, key, value, self.config, self.shards, attention=self.attention)
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, rotate: Rotate | None) -> Tensor:
+        return context_parallel_attention(
+            query, key, value, self.config, self.shards, attention=self.attention, rotate=rotate
+        )
 
 
 def last_rows(rows: Tensor, selection: Selection, seq_len: int, config: LighthouseConfig) -> Tensor:

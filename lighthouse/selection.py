@@ -30,6 +30,10 @@ class Selection:
     place: Tensor
     """[B, G, E] int32, the inverse map: where each of the pyramid's E entries stands in the sequence, or −1."""
 
+    def last_positions(self, pooling_factor: int) -> Tensor:
+        """[B, G, S] int64, the last position that each entry covers: (i + 1)·p^ℓ − 1, ascending."""
+        return (self.index.long() + 1) * pooling_factor ** self.level.long() - 1
+
 
 def select(
     query: Tensor,

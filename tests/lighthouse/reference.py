@@ -1,11 +1,14 @@
 """Lighthouse Attention in float64, written from method.md entry by entry: slow, obvious, and unlike the library."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from lighthouse import LighthouseConfig
 
 M = 128
+Turn = Callable[[Tensor, int], Tensor]
 
 
 def select_naively(query_score: Tensor, key_score: Tensor, config: LighthouseConfig) -> list[tuple[int, int]]:
@@ -33,9 +36,12 @@ def select_naively(query_score: Tensor, key_score: Tensor, config: LighthouseCon
     return sorted(selected, key=lambda entry: ((entry[1] + 1) * p ** entry[0] - 1, entry[0]))
 
 
-def attend_naively(query: Tensor, key: Tensor, value: Tensor, entries: list[tuple[int, int]], p: int) -> Tensor:
+def attend_naively(
+    query: Tensor, key: Tensor, value: Tensor, entries: list[tuple[int, int]], p: int, turn: Turn | None = None
+) -> Tensor:
     """One head, [N, D] float64, through given entries. What an entry sees is read off the definition, not the order:
-    every entry whose last position is not after its own, ancestors of itself excepted (they follow it)."""
+    every entry whose last position is not after its own, ancestors of itself excepted (they follow it).
+    ``turn`` rotates a pooled query or key by the last position of its entry."""
     seq_len, head_dim = query.shape
 
     def rows(x: Tensor) -> Tensor:
@@ -43,6 +49,10 @@ def attend_naively(query: Tensor, key: Tensor, value: Tensor, entries: list[tupl
 
     q, k, v = rows(query), rows(key), rows(value)
     end = torch.tensor([(i + 1) * p**level - 1 for level, i in entries])
+    if turn is not None:
+        q, k = (
+            torch.stack([turn(row, position) for row, position in zip(x, end.tolist(), strict=True)]) for x in (q, k)
+        )
     level = torch.tensor([level for level, _ in entries])
     visible = (end[None] < end[:, None]) | ((end[None] == end[:, None]) & (level[None] <= level[:, None]))
     scores = (q @ k.T / head_dim**0.5).masked_fill(~visible, float("-inf"))

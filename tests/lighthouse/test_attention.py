@@ -1,5 +1,6 @@
 import copy
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ def qkv(seq_len, heads=2, groups=None, head_dim=16, batch=1, dtype=torch.float64
     return [random_rows(*shape, seed=s, dtype=dtype, device=device) for s, shape in enumerate(shapes)]
 
 
-def reference(query, key, value, selection, config):
+def reference(query, key, value, selection, config, turn=None):
     """float64, head by head; each query head uses its group's key/value head and selection."""
     batch, heads = query.shape[:2]
     per_group = heads // key.shape[1]
@@ -29,7 +30,7 @@ def reference(query, key, value, selection, config):
                 [
                     attend_naively(
                         query[b, h], *(x[b, h // per_group] for x in (key, value)),
-                        entries(selection, b, h // per_group), config.pooling_factor,
+                        entries(selection, b, h // per_group), config.pooling_factor, turn,
                     )
                     for h in range(heads)
                 ]
@@ -59,6 +60,44 @@ def test_output_and_gradients_equal_the_definition(geometry, groups, on):
     ours = run(*(x.to(device) for x in inputs), config, grad.to(device))
     for got, want in zip(ours, expected, strict=True):
         torch.testing.assert_close(got.cpu(), want, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("groups", [None, 1])
+@pytest.mark.parametrize("geometry", GEOMETRIES[:2])
+def test_rotary_embedding_after_the_gather_equals_the_definition(geometry, groups, on):
+    """Pooled without, then each entry turned by its last covered position; and turned by 0 it is no embedding."""
+    config, seq_len = make(*geometry, backend=on["backend"])
+    inputs = qkv(seq_len, heads=2, groups=groups, head_dim=4)
+    grad = random_rows(*inputs[0].shape, seed=9, dtype=torch.float64)
+    frequency = torch.tensor([0.3, 0.002], dtype=torch.float64)
+
+    def turn(row, position):
+        turned = torch.view_as_complex(row.view(-1, 2)) * torch.polar(torch.ones_like(frequency), frequency * position)
+        return torch.view_as_real(turned).flatten()
+
+    def rotate(rows, position):
+        angle = (position[..., None] * frequency.to(position.device)).repeat_interleave(
+            rows.shape[1] // position.shape[1], dim=1
+        )
+        (x, y), cos, sin = rows.unflatten(-1, (-1, 2)).unbind(-1), angle.cos(), angle.sin()
+        return torch.stack([x * cos - y * sin, x * sin + y * cos], dim=-1).flatten(-2)
+
+    selection = select(inputs[0], inputs[1], replace(config, backend="torch"))
+    expected = run(*inputs, config, grad, lambda q, k, v, c: reference(q, k, v, selection, c, turn))
+    ours = run(
+        *(x.to(on["device"]) for x in inputs),
+        config,
+        grad.to(on["device"]),
+        partial(lighthouse_attention, rotate=rotate),
+    )
+    for got, want in zip(ours, expected, strict=True):
+        torch.testing.assert_close(got.cpu(), want, rtol=1e-10, atol=1e-10)
+
+
+def test_rotary_embedding_after_the_gather_is_for_the_norm_scorer():
+    config, seq_len = make(1024, 3, 2, 128, scorer="dilated")
+    with pytest.raises(ValueError, match=r"'dilated' attends to rotated .* 'norm'"):
+        lighthouse_attention(*qkv(seq_len), config, rotate=lambda rows, position: rows)
 
 
 @pytest.mark.parametrize("name", ["norm_n2048_p2_l3_k256", "norm_n4096_p2_l4_k256"])

@@ -33,6 +33,8 @@ SEQ_LEN, BATCH, HEADS, HEAD_DIM = 8192, 2, 4, 16
 #: Key/value heads, balanced layout, rotation: every pair of settings.
 CASES = [(4, True, "alltoall"), (4, False, "allgather"), (2, True, "allgather"), (2, False, "alltoall")]
 
+ANGLES = torch.arange(SEQ_LEN)[:, None] * 0.5 ** torch.arange(1, HEAD_DIM // 2 + 1)
+
 #: Positions at a chunk's start that the chunk before it writes to.
 SPILL = CONFIG.pooling_factor ** (CONFIG.num_levels - 1) - 1
 
@@ -49,6 +51,14 @@ def shard(rows, mesh, balanced):
     """[B, H, N, D] to this rank's [B, H, N/W, D], by torchtitan, which also tells torch's ring the layout."""
     (own,), _ = cp_shard(mesh, (rows,), None, "headtail" if balanced else None, input_seq_dim=2)
     return own
+
+
+def turn(angles, rows, position):
+    """Rows [B, H, S, D] of two columns a pair, turned by angles [n, D/2] at positions [B, G, S]."""
+    angle = angles[position].repeat_interleave(rows.shape[1] // position.shape[1], dim=1)
+    x, y = rows.float().chunk(2, dim=-1)
+    turned = torch.cat([x * angle.cos() - y * angle.sin(), x * angle.sin() + y * angle.cos()], dim=-1)
+    return turned.to(rows.dtype)
 
 
 def main() -> None:
@@ -81,11 +91,17 @@ def main() -> None:
         layer = ShardedLighthouseAttention(CONFIG, ring, shards)
 
         check_selection(query, key, own, shards, mesh, where)
+        # Grouped heads are also rotated after the gather, by angles that are sharded as the rows are.
+        rotate = own_rotate = None
+        if groups != HEADS:
+            angles = ANGLES[None, None].to(device)
+            rotate, own_rotate = (partial(turn, rows[0, 0]) for rows in (angles, shard(angles, mesh, balanced)))
         exact = [x.float() for x in inputs]
-        expected = results(partial(lighthouse_attention, config=CONFIG), *exact)
-        one_device = results(partial(lighthouse_attention, config=CONFIG, attention=plain), *inputs)
+        whole = partial(lighthouse_attention, config=CONFIG, rotate=rotate)
+        expected = results(whole, *exact)
+        one_device = results(partial(whole, attention=plain), *inputs)
         # Selected from rounded rows in both: float32 copies of them have the same norms.
-        ours = results(partial(layer, enable_gqa=groups != HEADS), *own)
+        ours = results(partial(layer, enable_gqa=groups != HEADS, rotate=own_rotate), *own)
         for name, got, want, single in zip(("output", "dq", "dk", "dv"), ours, expected, one_device, strict=True):
             want, single = shard(want, mesh, balanced), shard(single, mesh, balanced)
             scale = want.abs().max()
@@ -103,7 +119,7 @@ def main() -> None:
             print(f"{where}: {name} off by {error:.2e}, one device by {allowed:.2e}", flush=True)
 
         without = ShardedLighthouseAttention(CONFIG, ring, WithoutSpill(mesh.get_group(), load_balanced=balanced))
-        out = results(partial(without, enable_gqa=groups != HEADS), *own)[0]
+        out = results(partial(without, enable_gqa=groups != HEADS, rotate=own_rotate), *own)[0]
         missing = shards.stack((out.float() - shard(expected[0], mesh, balanced)).abs())
         starts = shards.cover_every == 1 and dist.get_rank() == 0  # this rank holds nothing but the sequence's start
         assert starts or missing[:, :, :SPILL].max() > 0.01, f"{where}: the test does not see the spill"

@@ -157,6 +157,10 @@ CP2 = ["--parallelism.context_parallel_degree", "2"]
             "top_k=128: must be a multiple of 128 for each of the 2 chunks",
         ),
         ([*CP2, "--parallelism.context_parallel_load_balancer", "ptrr"], "load_balancer='ptrr': must be 'headtail'"),
+        (
+            ["--lighthouse.rope", "after_gather", "--lighthouse.scorer", "gla"],
+            "lighthouse.rope='after_gather' with scorer='gla'",
+        ),
         ([*CP2, "--lighthouse.scorer", "dilated"], "scorer='dilated': looks past the chunks"),
         ([*CP2, "--parallelism.tensor_parallel_degree", "2"], "Lighthouse runs under one of the two"),
         (

@@ -55,7 +55,7 @@ def test_rotary_embedding_is_upstreams(dtype, shuffled, batched):
     angles = torch.view_as_real(freqs)
     angles = angles[None, :1024] if positions is None else angles[positions]
     for rows, expected in zip((query, key), want, strict=True):
-        got = rotate(rows, angles)
+        got = rotate(rows, angles[:, :, None])
         assert got.dtype == dtype
         rounding = 4 * 2**-24 + (torch.finfo(dtype).eps if dtype == torch.bfloat16 else 0)
         length = rows.float().unflatten(-1, (-1, 2)).norm(dim=-1).repeat_interleave(2, dim=-1)
@@ -80,9 +80,25 @@ def test_every_scorer_trains_every_parameter(flavor, scorer):
         assert tensor.isfinite().all() and tensor.any()
 
 
+@pytest.mark.parametrize("flavor", ["debug", "debug_gqa"])
+def test_rotary_embedding_after_the_gather(flavor):
+    """Trains every parameter; a model of its own; the dense model that both become in Stage 2 is the same."""
+    gathered, _ = build("--model.flavor", flavor, "--lighthouse.rope", "after_gather")
+    pooled, _ = build("--model.flavor", flavor)
+    for tensor in logits_and_gradients(gathered):
+        assert tensor.isfinite().all() and tensor.any()
+    logits_and_gradients(pooled)
+    ours, published = (model.layers["2"].attention.wq.weight.grad for model in (gathered, pooled))
+    assert (ours - published).norm() > 0.05 * published.norm()
+    dense = [build("--lighthouse.no-enable", "--lighthouse.rope", rope)[0] for rope in ("after_gather", "before_pool")]
+    assert torch.equal(*(model(tokens()) for model in dense))
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
+        ["--lighthouse.rope", "after_gather", "--activation_checkpoint.mode", "full"],
+        ["--lighthouse.rope", "after_gather", "--compile.enable", "--compile.backend", "aot_eager"],
         ["--activation_checkpoint.mode", "full"],
         ["--activation_checkpoint.mode", "selective", "--activation_checkpoint.selective_ac_option", "op"],
         ["--activation_checkpoint.mode", "selective", "--activation_checkpoint.selective_ac_option", "2"],
@@ -90,11 +106,11 @@ def test_every_scorer_trains_every_parameter(flavor, scorer):
         ["--compile.enable", "--compile.backend", "aot_eager", "--activation_checkpoint.mode", "selective",
          "--activation_checkpoint.selective_ac_option", "op"],
     ],
-    ids=["full", "op", "every second layer", "compile", "compile and op"],
+    ids=["rope, full", "rope, compile", "full", "op", "every second layer", "compile", "compile and op"],
 )  # fmt: skip
 def test_checkpointing_and_compilation_change_nothing(overrides, one_process):
     torch._dynamo.reset()
-    plain, _ = build()
+    plain, _ = build(*(overrides[:2] if "rope" in overrides[0] else []))
     model, config = build("--training.mixed_precision_param", "float32", *overrides)
     dims = ParallelDims(dp_replicate=1, dp_shard=1, cp=1, tp=1, pp=1, ep=1, etp=1, world_size=1)
     model = parallelize_lighthouse(model, dims, config)

@@ -39,6 +39,12 @@ class Lighthouse:
     dilation: int = 4
     """The dilation of the "dilated" and "gla" scorers; must divide training.seq_len"""
 
+    rope: Literal["before_pool", "after_gather"] = "before_pool"
+    """
+    Where Lighthouse layers apply the rotary embedding: to every query and key, as published, or to the pooled rows of
+    the selected entries, each at its last position (scorer "norm" only). Dense layers do not differ.
+    """
+
     cover_start: bool = True
     """Keep the first window of every level, so that every position receives an output"""
 

@@ -46,6 +46,9 @@ class LighthouseModelArgs(TransformerModelArgs):
     lighthouse_layers: tuple[int, ...] = ()
     """The layers that run Lighthouse, ascending"""
 
+    lighthouse_rope: str = "before_pool"
+    """Where those layers apply the rotary embedding, as in the [lighthouse] section"""
+
     def update_from_config(self, job_config: JobConfig, **kwargs) -> None:
         """Take the sequence length and the [lighthouse] section, refusing what cannot run before anything is built.
 
@@ -82,13 +85,18 @@ class LighthouseModelArgs(TransformerModelArgs):
         config = section.attention_config()
         config.resolve_backend(device_type)
         config.validate(seq_len, num_chunks)
+        if section.rope == "after_gather" and config.scorer != "norm":
+            raise ValueError(
+                f"lighthouse.rope='after_gather' with scorer={config.scorer!r}: that scorer attends to rotated queries "
+                "and keys; nearest valid values: rope='before_pool', or scorer='norm'"
+            )
         if job_config.validation.enable and job_config.validation.seq_len != seq_len:
             try:
                 config.validate(job_config.validation.seq_len, num_chunks)
             except ValueError as error:
                 raise ValueError(f"validation.seq_len: {error}") from error
         self.lighthouse_layers = parse_layers(section.layers, self.n_layers)
-        self.lighthouse = config
+        self.lighthouse, self.lighthouse_rope = config, section.rope
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
         """Parameters, and floating-point operations per token (forward and backward, matrix products only).

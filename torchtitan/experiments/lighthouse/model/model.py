@@ -5,6 +5,8 @@ embedding in real arithmetic, which the compiler fuses (complex arithmetic it do
 the loss chunk by chunk.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torchtitan.experiments.lighthouse.loss import OutputProjection
@@ -63,6 +65,7 @@ class FusedRotaryAttention(Attention):
     def __init__(self, model_args: LighthouseModelArgs) -> None:
         super().__init__(model_args)
         self.lighthouse: LighthouseAttention | None = None
+        self.rope = model_args.lighthouse_rope
 
     def forward(
         self,
@@ -77,9 +80,12 @@ class FusedRotaryAttention(Attention):
         query, key, value = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         angles = torch.view_as_real(freqs_cis)
         angles = angles[None, : x.shape[1]] if positions is None else angles[positions]
-        query, key = (rotate(rows, angles) for rows in (query, key))
-        heads = (rows.transpose(1, 2) for rows in (query, key, value))
         attend = self.inner_attention if self.lighthouse is None else self.lighthouse
+        if self.lighthouse is not None and self.rope == "after_gather":
+            attend = partial(attend, rotate=partial(rotate_at, angles))
+        else:
+            query, key = (rotate(rows, angles[:, :, None]) for rows in (query, key))
+        heads = (rows.transpose(1, 2) for rows in (query, key, value))
         out = attend(*heads, enable_gqa=self.enable_gqa)
         return self.wo(out.transpose(1, 2).flatten(2))
 
@@ -88,13 +94,27 @@ def rotate(rows: Tensor, angles: Tensor) -> Tensor:
     """The rotary embedding: each pair of neighbouring columns turned by its angle.
 
     Args:
-        rows: [B, N, H, D].
-        angles: [B or 1, N, D/2, 2] float32, their cosines and sines.
+        rows: [..., D].
+        angles: [..., D/2, 2] float32, their cosines and sines; the leading dimensions broadcast.
 
     Returns:
-        [B, N, H, D] in the dtype of ``rows``, computed in float32.
+        [..., D] in the dtype of ``rows``, computed in float32.
     """
-    cos, sin = angles[:, :, None].unbind(-1)
+    cos, sin = angles.unbind(-1)
     even, odd = rows.float().unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
     return turned.flatten(-2).to(rows.dtype)
+
+
+def rotate_at(angles: Tensor, rows: Tensor, position: Tensor) -> Tensor:
+    """``rotate`` for rows that stand at given positions: ``lighthouse.Rotate`` once the angles are bound.
+
+    Args:
+        angles: [B or 1, N, D/2, 2].
+        rows: [B, H, S, D].
+        position: [B, G, S]; each group's serve its H/G heads.
+    """
+    batch, heads = rows.shape[:2]
+    sequence = torch.arange(batch, device=rows.device)[:, None, None]
+    angles = angles.expand(batch, -1, -1, -1)[sequence, position]  # [B, G, S, D/2, 2]
+    return rotate(rows, angles.repeat_interleave(heads // position.shape[1], dim=1))
