@@ -25,11 +25,13 @@ BYTE_VOCAB_SIZE = 320
 
 # An FFN width of 1536 is 9/16 of the 8/3·dim that Llama starts from.
 _BODY_530M = {"dim": 1024, "n_layers": 30, "n_heads": 8, "ffn_dim_multiplier": 9 / 16, "multiple_of": 256}
+_BODY_32M = {"dim": 512, "n_layers": 10, "n_heads": 4, "multiple_of": 128}
 _BODY_DEBUG = {"dim": 128, "n_layers": 6, "n_heads": 4, "multiple_of": 64}
 
 lighthouse_args = {
     "530m": LighthouseModelArgs(**_BODY_530M, vocab_size=128256),
     "268m": LighthouseModelArgs(**_BODY_530M, vocab_size=BYTE_VOCAB_SIZE),
+    "32m": LighthouseModelArgs(**_BODY_32M, vocab_size=BYTE_VOCAB_SIZE),
     "debug": LighthouseModelArgs(**_BODY_DEBUG, vocab_size=BYTE_VOCAB_SIZE),
     "debug_gqa": LighthouseModelArgs(**_BODY_DEBUG, n_kv_heads=2, vocab_size=BYTE_VOCAB_SIZE),
 }
