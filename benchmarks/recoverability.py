@@ -211,11 +211,11 @@ def read_curve(name: str, seed: int, folders: list[Path], switch: int) -> Curve 
     held_out: dict[int, float] = {}
     seconds = 0.0
     for folder in folders:
-        if not (folder / METRICS_FILE).exists():
-            return None
-        records = read_metrics(folder / METRICS_FILE)
-        until = switch if folder.name == "stage1" else max(record["step"] for record in records)
+        records = read_metrics(folder / METRICS_FILE) if (folder / METRICS_FILE).exists() else []
+        until = switch if folder.name == "stage1" else max((record["step"] for record in records), default=0)
         steps = [record for record in records if "loss" in record and record["step"] <= until]
+        if not steps:
+            return None
         last = steps[-1]
         trained = last["step"] - (0 if folder is folders[0] else switch)
         seconds += trained * last["tokens_seen"] / last["step"] / median(step["tokens_per_second"] for step in steps)
@@ -265,7 +265,7 @@ def table(curves: list[Curve]) -> str:
 
 def draw(curves: list[Curve], path: Path) -> None:
     """Training loss of the headline arms; what is held out, as the difference to dense."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), dpi=130, layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.4), dpi=110, layout="constrained")
     dense = {curve.seed: curve for curve in curves if not curve.switch}
     headline = [curve for curve in curves if curve.seed == 0][:4]
     for number, curve in enumerate(curves):
@@ -284,7 +284,10 @@ def draw(curves: list[Curve], path: Path) -> None:
     right.axhline(0, color="black", linewidth=0.8)
     for axes in (left, right):
         axes.grid(alpha=0.25)
-        axes.legend(frameon=False, fontsize=8)
+    if headline:
+        left.legend(frameon=False, fontsize=9)
+    if right.lines[:-1]:  # all but the line at zero
+        right.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path)
     plt.close(figure)
 

@@ -2,7 +2,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from launch import CONFIG, SMALL, flags, run
+from torch.distributed.tensor.experimental._context_parallel._load_balancer import _HeadTailLoadBalancer
+from torchtitan.experiments.lighthouse.infra.parallelize import remember_layout
 
 FLOAT32 = flags({name: value for name, value in SMALL.items() if not name.startswith("checkpoint.")})
 
@@ -27,3 +30,17 @@ def test_parallel_equals_one_process(layout, overrides):
             *(str(worker), str(CONFIG), *map(str, layout), *FLOAT32, *overrides),
         ]
     )
+
+
+def test_the_layout_of_a_split_sequence_is_made_once():
+    """As upstream makes it, and the same tensor for the next batch."""
+    fresh = [_HeadTailLoadBalancer(64, 4, "cpu")._generate_indices(restore) for restore in (False, True)]
+    remember_layout()
+    remember_layout()  # every model of a process asks for it
+    remembered = [_HeadTailLoadBalancer(64, 4, "cpu")._generate_indices(restore) for restore in (False, True)]
+    again = [_HeadTailLoadBalancer(64, 4, "cpu")._generate_indices(restore) for restore in (False, True)]
+    for first, second, third in zip(fresh, remembered, again, strict=True):
+        assert torch.equal(first, second) and second is third
+    assert torch.equal(remembered[0][0, :16], torch.tensor([*range(8), *range(56, 64)]))
+    other = _HeadTailLoadBalancer(128, 4, "cpu")._generate_indices()
+    assert other.shape == (1, 128)

@@ -1,10 +1,13 @@
 """Upstream's parallelism for Llama 3, plus what a single device, the compiler and gloo need."""
 
+from functools import cache, wraps
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._inductor import config as inductor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor.experimental._attention import set_rotate_method
+from torch.distributed.tensor.experimental._context_parallel._load_balancer import _HeadTailLoadBalancer
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.config.job_config import Parallelism
 from torchtitan.distributed import ParallelDims
@@ -20,10 +23,30 @@ from lighthouse.selection import kernels
 OVERLAP = ["sink_waits_iterative", "reorder_communication_preserving_peak_memory", "sink_waits_iterative"]
 
 
+def remember_layout() -> None:
+    """Make the head-tail layout once: upstream makes a list of all positions for every batch, and then waits until the
+    device has run everything before it copies the list there.
+    """
+    make = _HeadTailLoadBalancer._generate_indices
+    if hasattr(make, "__wrapped__"):
+        return
+
+    @cache
+    def indices(seq_length: int, world_size: int, device: str | torch.device, restore: bool) -> Tensor:
+        return make(_HeadTailLoadBalancer(seq_length, world_size, device), restore)
+
+    @wraps(make)
+    def remembered(self: _HeadTailLoadBalancer, restore: bool = False) -> Tensor:
+        return indices(self.seq_length, self.world_size, self.device, restore)
+
+    _HeadTailLoadBalancer._generate_indices = remembered
+
+
 def shard_sequence(model: nn.Module, parallel_dims: ParallelDims, parallelism: Parallelism) -> None:
     """What context parallelism needs beside upstream's ring attention, which upstream applies itself."""
     # Upstream reads this setting for validation only.
     set_rotate_method(parallelism.context_parallel_rotate_method)
+    remember_layout()
     # While it is traced, the ring waits for an exchange where it starts it: let the compiler put attention in between.
     inductor.reorder_for_compute_comm_overlap = True
     inductor.reorder_for_compute_comm_overlap_passes = OVERLAP
