@@ -175,7 +175,9 @@ def run(options: argparse.Namespace) -> None:
                 job.code = code
                 lock.notify_all()
 
-    workers = [threading.Thread(target=work, args=(device,)) for device in range(max(1, torch.cuda.device_count()))]
+    # Daemons: Ctrl-C, which also stops the runs, must not start the next ones.
+    devices = range(max(1, torch.cuda.device_count()))
+    workers = [threading.Thread(target=work, args=(device,), daemon=True) for device in devices]
     for worker in workers:
         worker.start()
     for worker in workers:
