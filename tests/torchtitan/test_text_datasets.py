@@ -194,6 +194,9 @@ def test_other_columns_may_vary(tmp_path: Path) -> None:
 
 GOOD = b'{"text": "good"}\n'
 
+#: Without the time of day, which would give every test process other test names.
+PACKED = gzip.compress(GOOD * 3, mtime=0)
+
 
 @pytest.mark.parametrize(
     ("name", "content", "message", "good"),
@@ -210,8 +213,8 @@ GOOD = b'{"text": "good"}\n'
         ("broken.jsonl", GOOD + b'{"text": "no end\n', r"after record 1 \(JSONDecodeError", 1),
         ("pretty.json", b'{\n  "text": "a"\n}\n', r"at its start \(JSONDecodeError", 0),
         ("latin1.jsonl", GOOD + b'{"text": "caf\xe9"}\n', r"after record 1 \(UnicodeDecodeError", 1),
-        ("truncated.json.gz", gzip.compress(GOOD * 3)[:-9], r"truncated\.json\.gz: .* \(EOFError", 3),
-        ("corrupt.json.gz", gzip.compress(GOOD)[:14] + b"\xff" * 20, r"\((error|BadGzipFile|EOFError)", 0),
+        ("truncated.json.gz", PACKED[:-9], r"truncated\.json\.gz: .* \(EOFError", 3),
+        ("corrupt.json.gz", PACKED[:14] + b"\xff" * 20, r"\((error|BadGzipFile|EOFError)", 0),
         (
             "pointer.json.gz",
             b"version https://git-lfs.github.com/spec/v1\n",
@@ -466,11 +469,11 @@ def test_what_the_hub_refuses_is_not_tried_again(
 
 def test_remote_files_are_opened_by_address() -> None:
     with fsspec.open("memory://c4-train.json.gz", "wb") as file:
-        file.write(gzip.compress(GOOD * 3))
+        file.write(PACKED)
     assert list(read_documents(["memory://c4-train.json.gz"])) == [{"text": "good"}] * 3
 
 
-@pytest.mark.parametrize("content", [gzip.compress(GOOD * 3)[:-9], b"not gzip"])
+@pytest.mark.parametrize("content", [PACKED[:-9], b"not gzip"])
 def test_a_damaged_remote_file_is_not_tried_again(slept: list[float], content: bytes) -> None:
     with fsspec.open("memory://damaged.json.gz", "wb") as file:
         file.write(content)
