@@ -44,6 +44,13 @@ class LighthouseConfig:
     cover_start: bool = True
     """Keep window 0 of every level ≥ 1 a parent, so that every position receives an output (section 3)."""
 
+    delay_scores: bool = False
+    """Score every window by the coarsest window before it in its tile, the first by 0.
+
+    As published (off), a window is selected by what it holds, and a model learns to read from the selection what comes
+    next. On, a window's own rows have no say in whether it is expanded, but that the next window competes with it.
+    """
+
     backend: Backend = "auto"
     """``torch``: plain PyTorch; ``triton``: kernels, never a silent fallback; ``auto``: triton on a GPU, else torch."""
 

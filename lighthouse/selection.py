@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lighthouse.config import PARENTS_PER_TILE, LighthouseConfig
@@ -70,6 +71,8 @@ def select(
         if config.resolve_backend(query.device.type) == "triton":
             return _select_by_kernels(query, key, value, config, cover_every)
         scores = SCORERS[config.scorer](query, key, value, config)
+        if config.delay_scores:
+            scores = [_delayed(score, config) for score in scores]
         candidates = _select_candidates(*scores, config, cover_every)
         return _in_causal_order(candidates, seq_len, config)
 
@@ -82,8 +85,20 @@ def _select_by_kernels(
         scores = kernels().norm_scores(query, key, p)
     else:
         scores = [pool_scores(score, 2, p)[1] for score in SCORERS[config.scorer](query, key, value, config)]
+    if config.delay_scores:
+        scores = [_delayed(score, config, pooled=1) for score in scores]
     parents = kernels().pick_parents(*scores, num_levels, p, config.num_tiles, cover_every)
     return Selection(*kernels().order_entries(parents, query.shape[2], num_levels, p))
+
+
+def _delayed(score: Tensor, config: LighthouseConfig, pooled: int = 0) -> Tensor:
+    """Scores of level ``pooled``, [B, G, n], moved one coarsest window later in their tile; 0, the lowest, fills up.
+
+    Within the tile, so that a chunk of the sequence needs nothing of the one before it (section 7).
+    """
+    window = config.pooling_factor ** (config.num_levels - 1 - pooled)
+    tiles = score.unflatten(-1, (config.num_tiles, -1))
+    return F.pad(tiles[..., :-window], (window, 0)).flatten(-2)
 
 
 def kernels() -> ModuleType:

@@ -20,7 +20,14 @@ def select_naively(query_score: Tensor, key_score: Tensor, config: LighthouseCon
         return [max(window) for window in zip(*[iter(score.tolist())] * p**level, strict=True)]
 
     selected = []
-    coarsest = seq_len // p ** (num_levels - 1)
+    window = p ** (num_levels - 1)
+    coarsest = seq_len // window
+    if config.delay_scores:
+        tile = seq_len // tiles
+        query_score, key_score = (
+            torch.tensor([score[j - window] if j % tile >= window else 0.0 for j in range(seq_len)], dtype=score.dtype)
+            for score in (query_score, key_score)
+        )
     for tile in range(tiles):
         candidates = list(range(tile * coarsest // tiles, (tile + 1) * coarsest // tiles))
         for level in range(num_levels - 1, 0, -1):

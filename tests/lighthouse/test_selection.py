@@ -44,6 +44,30 @@ def test_equals_the_definition(geometry, cover_start, on):
             assert entries(selection, b, g) == expected
 
 
+@pytest.mark.parametrize("geometry", GEOMETRIES[1:3] + GEOMETRIES[5:])
+def test_delayed_scores_equal_the_definition(geometry, on):
+    config, seq_len = make(*geometry, delay_scores=True, backend=on["backend"])
+    query, key = (random_rows(1, 1, seq_len, 8, seed=s, device=on["device"]) for s in (0, 1))
+    expected = select_naively(query[0, 0].norm(dim=-1).cpu(), key[0, 0].norm(dim=-1).cpu(), config)
+    assert entries(select(query, key, config), 0, 0) == expected
+
+
+@pytest.mark.parametrize("delay_scores", [True, False])
+def test_delayed_scores_do_not_see_the_window_that_they_select(delay_scores):
+    """A window that beats every other, or none, is selected by what is before it; as published, by what it holds."""
+    config, _ = make(4096, 3, 4, 128, delay_scores=delay_scores)
+    window, rows = 16, random_rows(1, 1, 4096, 8)
+    expanded = []
+    for size in (0.0, 100.0):
+        changed = rows.clone()
+        changed[:, :, 200 * window : 201 * window] *= size
+        chosen = set(entries(select(changed, changed, config), 0, 0))
+        expanded.append([(1, 200 * 4) in chosen, (1, 201 * 4) in chosen])
+    own, following = zip(*expanded, strict=True)
+    assert following == ((False, True) if delay_scores else (following[0],) * 2)
+    assert own == ((own[0],) * 2 if delay_scores else (False, True))
+
+
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_length_order_and_inverse(geometry):
     config, seq_len = make(*geometry)

@@ -13,7 +13,7 @@ from torchtitan.protocols.train_spec import get_train_spec
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((REPOSITORY / "train_configs").glob("*.toml"))
-PARAMETERS = {"530m": 530_117_632, "268m": 268_104_704, "debug": 1_361_536, "debug_gqa": 1_263_232}
+PARAMETERS = {"530m": 530_117_632, "268m": 268_104_704, "32m": 32_451_072, "debug": 1_361_536, "debug_gqa": 1_263_232}
 
 
 def parse(config: str, *overrides: str):
@@ -117,7 +117,7 @@ def test_layers_2_to_27_and_only_those_are_routed():
 def test_every_field_works_on_the_command_line():
     values = {
         "layers": "1,-2", "num_levels": 2, "pooling_factor": 2, "top_k": 256, "scorer": "gla", "dilation": 8,
-        "cover_start": False, "backend": "torch",
+        "rope": "after_gather", "cover_start": False, "delay_scores": True, "backend": "torch",
     }  # fmt: skip
     flags = [
         word
@@ -130,8 +130,9 @@ def test_every_field_works_on_the_command_line():
     section = parse("debug.toml", *flags, "--lighthouse.enable").lighthouse
     assert {name: getattr(section, name) for name in values} == values
     config = section.attention_config()
-    assert {name: getattr(config, name) for name in values if name != "layers"} == {
-        name: value for name, value in values.items() if name != "layers"
+    of_model = ("layers", "rope")  # the rest are the library's
+    assert {name: getattr(config, name) for name in values if name not in of_model} == {
+        name: value for name, value in values.items() if name not in of_model
     }
     assert parse("530m_stage1.toml", "--lighthouse.top_k", "2048").lighthouse.top_k == 2048
 

@@ -48,6 +48,12 @@ class Lighthouse:
     cover_start: bool = True
     """Keep the first window of every level, so that every position receives an output"""
 
+    delay_scores: bool = False
+    """
+    Score every window by the one before it, so that the selection tells nothing about the tokens to predict; off, as
+    published, Stage 1 learns to read them from it
+    """
+
     backend: Literal["auto", "torch", "triton"] = "auto"
     """Which implementation runs; an explicit choice never falls back to another"""
 
@@ -67,6 +73,7 @@ class Lighthouse:
             scorer=self.scorer,
             dilation=self.dilation,
             cover_start=self.cover_start,
+            delay_scores=self.delay_scores,
             backend=self.backend,
         )
 
