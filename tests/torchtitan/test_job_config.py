@@ -189,6 +189,11 @@ def test_dense_runs_are_not_bound_by_the_geometry():
     assert args.lighthouse is None and args.lighthouse_layers == ()
 
 
+def test_an_unknown_flavor_is_named():
+    with pytest.raises(ValueError, match=r"model\.flavor='33m': must be one of '530m', .*'32m'"):
+        model_args(parse("debug.toml", "--model.flavor", "33m"))
+
+
 def test_a_missing_section_is_named():
     from torchtitan.config import JobConfig
 

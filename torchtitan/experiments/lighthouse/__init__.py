@@ -3,6 +3,8 @@
 Loaded by ``experimental.custom_import = "torchtitan.experiments.lighthouse"``.
 """
 
+from typing import NoReturn
+
 from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.components.optimizer import build_optimizers
 from torchtitan.distributed.pipeline_parallel import pipeline_llm
@@ -28,13 +30,21 @@ _BODY_530M = {"dim": 1024, "n_layers": 30, "n_heads": 8, "ffn_dim_multiplier": 9
 _BODY_32M = {"dim": 512, "n_layers": 10, "n_heads": 4, "multiple_of": 128}
 _BODY_DEBUG = {"dim": 128, "n_layers": 6, "n_heads": 4, "multiple_of": 64}
 
-lighthouse_args = {
-    "530m": LighthouseModelArgs(**_BODY_530M, vocab_size=128256),
-    "268m": LighthouseModelArgs(**_BODY_530M, vocab_size=BYTE_VOCAB_SIZE),
-    "32m": LighthouseModelArgs(**_BODY_32M, vocab_size=BYTE_VOCAB_SIZE),
-    "debug": LighthouseModelArgs(**_BODY_DEBUG, vocab_size=BYTE_VOCAB_SIZE),
-    "debug_gqa": LighthouseModelArgs(**_BODY_DEBUG, n_kv_heads=2, vocab_size=BYTE_VOCAB_SIZE),
-}
+
+class _Flavors(dict[str, LighthouseModelArgs]):
+    def __missing__(self, name: str) -> NoReturn:
+        raise ValueError(f"model.flavor={name!r}: must be one of {', '.join(map(repr, self))}")
+
+
+lighthouse_args = _Flavors(
+    {
+        "530m": LighthouseModelArgs(**_BODY_530M, vocab_size=128256),
+        "268m": LighthouseModelArgs(**_BODY_530M, vocab_size=BYTE_VOCAB_SIZE),
+        "32m": LighthouseModelArgs(**_BODY_32M, vocab_size=BYTE_VOCAB_SIZE),
+        "debug": LighthouseModelArgs(**_BODY_DEBUG, vocab_size=BYTE_VOCAB_SIZE),
+        "debug_gqa": LighthouseModelArgs(**_BODY_DEBUG, n_kv_heads=2, vocab_size=BYTE_VOCAB_SIZE),
+    }
+)
 
 
 def get_train_spec() -> TrainSpec:
