@@ -354,13 +354,20 @@ def prepare_device() -> torch.device:
     return torch.device(torch.accelerator.current_accelerator().type, index)
 
 
+def numbers(text: str) -> list[int]:
+    """4096,8192: one word, so that the model may stand before it or after it."""
+    return [int(number) for number in text.split(",")]
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="a dump folder, a checkpoint/step-N or a Hugging Face folder")
     parser.add_argument(
-        "--contexts", type=int, nargs="+", help="tokens (default: the paper's, 4096 to 98304, that the model reaches)"
+        "--contexts", type=numbers, metavar="N,N,…", help="tokens (default: the paper's, 4096 to 98304, within reach)"
     )
-    parser.add_argument("--depths", type=int, nargs="+", default=DEPTHS, help="per cent (default: the paper's)")
+    parser.add_argument(
+        "--depths", type=numbers, metavar="N,N,…", default=DEPTHS, help="per cent (default: the paper's)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the filler (default: 0)")
     parser.add_argument("--batch-tokens", type=int, help="tokens a batch (default: 262144 on a GPU, 32768 on a CPU)")
     parser.add_argument(

@@ -203,7 +203,7 @@ def read_table(folder: Path) -> list[dict]:
 
 
 def test_a_whole_run_on_one_process_and_two(checkpoint, tmp_path, capsys):
-    words = ["--contexts", "512", "256", "--seed", "3", "--depths", "0", "100"]
+    words = ["--contexts", "512,256", "--seed", "3", "--depths", "0,100"]
     stage1 = checkpoint.parent.parent
     eval_niah.main([str(stage1), *words])
     printed = capsys.readouterr().out
@@ -281,10 +281,10 @@ def test_without_transformers(tmp_path, monkeypatch):
 def test_refusals(checkpoint, tmp_path):
     for words, message in (
         ((), r"context of 1024 tokens \(training.seq_len\) is shorter than the paper's shortest, 4096"),
-        (("--contexts", "512", "2048"), "2048: must be at most .*training.seq_len=1024; largest valid value: 1024"),
+        (("--contexts", "512,2048"), "2048: must be at most .*training.seq_len=1024; largest valid value: 1024"),
         (("--contexts", "35"), "--contexts 35: .* smallest valid value: 36"),
-        (("--contexts", "512", "--depths", "0", "101"), "--depths 101: .* nearest valid value: 100"),
-        (("--contexts", "512", "--depths", "-1"), "--depths -1: .* nearest valid value: 0"),
+        (("--contexts", "512", "--depths", "0,101"), "--depths 101: .* nearest valid value: 100"),
+        (("--contexts", "512", "--depths=-1"), "--depths -1: .* nearest valid value: 0"),
         (("--contexts", "512", "--batch-tokens", "0"), "--batch-tokens 0: .* nearest valid value: 1"),
     ):
         with pytest.raises(SystemExit, match=f"^eval_niah: .*{message}"):
