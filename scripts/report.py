@@ -56,6 +56,11 @@ class Experiment:
         losses = self.losses
         return [fmean(losses[max(0, i + 1 - window) : i + 1]) for i in range(len(losses))]
 
+    def centred(self, window: int) -> list[float]:
+        """Means over ``window`` logged steps around each: a curve that does not lag behind, for the eye."""
+        before, after, losses = (window - 1) // 2, window // 2, self.losses
+        return [fmean(losses[max(0, i - before) : i + after + 1]) for i in range(len(losses))]
+
     @property
     def tokens_per_second(self) -> float:
         """Median per device, so that compilation, validation and checkpoints do not count."""
@@ -227,7 +232,7 @@ def draw(experiments: list[Experiment], window: int, path: Path) -> None:
     figure, panels = plt.subplots(1, 3, figsize=(14, 4.2), dpi=130, layout="constrained", sharey=True)
     for number, experiment in enumerate(experiments):
         color = f"C{number}"
-        smooth = [loss for part in experiment.parts for loss in part.smooth(window)]
+        smooth = [loss for part in experiment.parts for loss in part.centred(window)]
         times = [hours * an_hour for hours in experiment.hours]
         switch = len(experiment.parts[0].records) if experiment.parts[-1].name == "stage2" else None
         for axes, along in zip(panels, (experiment.steps, experiment.tokens, times), strict=True):

@@ -85,3 +85,13 @@ def test_errors_name_the_run(runs, tmp_path):
     (runs[0] / "metrics.jsonl").write_text("")
     with pytest.raises(SystemExit, match="no logged step"):
         report.main([str(runs[0])])
+
+
+@pytest.mark.parametrize("window", [1, 4, 5])
+def test_the_curve_for_the_eye_does_not_lag(window):
+    """A straight line stays where it is, half a step for even windows, but where the window is cut off."""
+    line = report.Experiment("line", [{"step": step, "loss": float(step)} for step in range(20)])
+    drawn = line.centred(window)
+    shift = 0.5 if window % 2 == 0 else 0.0
+    assert drawn[5:15] == pytest.approx([step + shift for step in range(5, 15)])
+    assert len(drawn) == 20 and drawn[0] == pytest.approx(window // 2 / 2)
