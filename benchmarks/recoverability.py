@@ -102,13 +102,15 @@ def prepare(folders: list[Path], output: Path, seq_len: int) -> None:
     if not train or not held_out:
         raise SystemExit(f"recoverability: {folders}: too little text (*train* and *validation* .json, .jsonl, .gz)")
     random.Random(0).shuffle(held_out)
+    unfinished = output.with_name(f"{output.name}.unfinished")  # half of it would pass for all of it
     for seed in sorted({arm.seed for arm in ARMS}):
         order = random.Random(seed).sample(train, len(train))
-        folder = output / f"seed{seed}"
+        folder = unfinished / f"seed{seed}"
         folder.mkdir(parents=True, exist_ok=True)
         for name, texts in (("train", order), ("validation", held_out)):
             with gzip.open(folder / f"{name}.jsonl.gz", "wt", compresslevel=1, encoding="utf-8") as file:
                 file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+    unfinished.rename(output)
     print(f"{len(train):,} pieces of {length:,} bytes to train on, {len(held_out):,} held out", flush=True)
 
 
@@ -147,19 +149,19 @@ def run(options: argparse.Namespace) -> None:
     waiting = [job for arm in options.arms for job in jobs_of(arm, options)]
     lock = threading.Condition()
 
+    def next_ready() -> Job | None:
+        return next((job for job in waiting if job.after is None or job.after.code is not None), None)
+
     def work(device: int) -> None:
         environment = dict(os.environ)
         if torch.cuda.is_available():
             environment["CUDA_VISIBLE_DEVICES"] = str(device)
         while True:
             with lock:
-                while True:
-                    job = next((job for job in waiting if job.after is None or job.after.code is not None), None)
-                    if job is not None or not waiting:
-                        break
-                    lock.wait()
-                if job is None:
+                lock.wait_for(lambda: not waiting or next_ready())
+                if not waiting:
                     return
+                job = next_ready()
                 waiting.remove(job)
             began, log_file = time.time(), job.folder.with_name(f"{job.folder.name}.log")
             if job.after is not None and job.after.code:

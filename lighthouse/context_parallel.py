@@ -129,9 +129,12 @@ def context_parallel_attention(
     selection = select(*chunks[:2], config, cover_every=shards.cover_every)
     short = [shards.join(pool_and_gather(rows, selection, config)) for rows in chunks]
     if rotate is not None:
-        position = shards.join(selection.last_positions(config.pooling_factor)[..., None])[..., 0]
-        chunk = torch.arange(position.shape[-1], device=position.device) // (position.shape[-1] // shards.held)
-        short[:2] = [rotate(rows, position + chunk * chunk_len) for rows in short[:2]]
+        position = selection.last_positions(config.pooling_factor)
+        first = (
+            torch.arange(len(position), device=position.device) % shards.held * chunk_len
+        )  # as ``stack`` orders them
+        position = shards.join((position + first[:, None, None])[..., None])[..., 0]
+        short[:2] = [rotate(rows, position) for rows in short[:2]]
     grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
     out = shards.stack(attention(*short, **grouped))
     halo = shards.pass_on(last_rows(out, selection, chunk_len, config))
