@@ -42,11 +42,26 @@ MILLION = (
     "--lighthouse.layers=0--1",
     "--lighthouse.num_levels=4",
     "--lighthouse.top_k=4096",
+    *FULL_CHECKPOINTING,
 )
-CP4 = ("--parallelism.context_parallel_degree=4",)
+
+Run = tuple[str, tuple[str, ...]]
+
+
+def context_parallel_runs(degree: int) -> dict[str, Run]:
+    split = (f"--parallelism.context_parallel_degree={degree}",)
+    return {
+        f"98k cp{degree} dense": ("530m_cp.toml", (*NO_CHECKPOINTING, *split, "--lighthouse.no-enable")),
+        f"98k cp{degree}": ("530m_cp.toml", (*NO_CHECKPOINTING, *split)),
+        f"1m cp{degree}": ("530m_cp.toml", (*MILLION, *split)),
+        f"1m cp{degree} four dense": ("530m_cp.toml", (*MILLION, *split, "--lighthouse.layers=2-27")),
+        f"2m cp{degree}": ("530m_cp.toml", (*MILLION, *split, "--training.seq_len=2097152")),
+        f"4m cp{degree}": ("530m_cp.toml", (*MILLION, *split, "--training.seq_len=4194304")),
+    }
+
 
 #: Name to config file and overrides. A run whose name ends in "dense" is what those before the next one compare with.
-RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
+RUNS: dict[str, Run] = {
     "98k dense": ("530m_dense.toml", NO_CHECKPOINTING),
     "98k": ("530m_stage1.toml", NO_CHECKPOINTING),
     "98k full checkpointing": ("530m_stage1.toml", FULL_CHECKPOINTING),
@@ -54,13 +69,9 @@ RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
     "98k dilated": ("530m_stage1.toml", (*NO_CHECKPOINTING, "--lighthouse.scorer=dilated", "--lighthouse.dilation=4")),
     "98k plain torch": ("530m_stage1.toml", ("--lighthouse.backend=torch", *FULL_CHECKPOINTING)),
     "98k k2048": ("530m_stage1.toml", (*NO_CHECKPOINTING, "--lighthouse.top_k=2048")),
-    "98k cp2 dense": ("530m_cp.toml", (*NO_CHECKPOINTING, "--lighthouse.no-enable")),
-    "98k cp2": ("530m_cp.toml", NO_CHECKPOINTING),
-    "98k cp4 dense": ("530m_cp.toml", (*NO_CHECKPOINTING, *CP4, "--lighthouse.no-enable")),
-    "98k cp4": ("530m_cp.toml", (*NO_CHECKPOINTING, *CP4)),
-    "1m": ("530m_stage1.toml", (*MILLION, *FULL_CHECKPOINTING)),
-    "1m cp4": ("530m_cp.toml", (*MILLION, *CP4)),
-    "1m cp4 four dense": ("530m_cp.toml", (*MILLION, *CP4, "--lighthouse.layers=2-27")),
+    "1m": ("530m_stage1.toml", MILLION),
+    **context_parallel_runs(2),
+    **context_parallel_runs(4),
 }
 
 

@@ -4,6 +4,7 @@
     torchrun … -m torchtitan.experiments.lighthouse.train … --profiling.enable_profiling --profiling.profile_freq 12
     python benchmarks/summarize_trace.py outputs/RUN/profile_traces/iteration_12/rank0_trace.json [--kernels 20]
 
+The trace's last step is summed up, as the device ran it; what the device still did of the step before is left out.
 Compute is summed by kind. Communication is summed by process group, and its exposed part is the time during which
 nothing is computed. Idle is when the device does neither.
 """
@@ -27,6 +28,9 @@ KINDS = {
     "optimizer and lists": ("multi_tensor",),
     "copies and fills": ("memcpy", "memset", "copy", "fill"),
 }
+
+#: How the profiler names a step.
+STEP = "ProfilerStep"
 
 Spans = list[tuple[float, float]]
 
@@ -52,12 +56,18 @@ def read_trace(path: Path) -> list[dict[str, Any]]:
 
 
 def summarize(events: list[dict[str, Any]]) -> Summary:
-    """Sum up the device's events.
+    """Sum up the device's events of the last step.
 
     Raises:
         ValueError: for a trace without any.
     """
     work = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    steps = [event for event in events if event.get("cat") == "gpu_user_annotation" and STEP in event["name"]]
+    if steps:
+        last = max(steps, key=lambda event: event["ts"])
+        # The span ends with the step's last kernel on the stream that computes; the host runs ahead, so that the step
+        # begins when the device, not the host, begins it.
+        work = [event for event in work if last["ts"] <= event["ts"] < last["ts"] + last["dur"]]
     if not work:
         raise ValueError("the trace holds no work of a GPU")
     compute: dict[str, float] = defaultdict(float)

@@ -39,6 +39,15 @@ def test_every_microsecond_is_accounted_for():
     assert "| step | 0.1 | 100.0% |" in lines and "| idle | 0.0 | 15.0% |" in lines
 
 
+def test_leaves_out_what_the_device_still_does_of_the_step_before():
+    before = [kernel("nvjet_tst_256x128", 0, 90), kernel("ncclDevKernel_AllGather", 80, 15, "mesh_fsdp", "all_gather")]
+    steps = [
+        kernel(f"ProfilerStep#{step}", start, length, cat="gpu_user_annotation")
+        for step, start, length in ((6, 0, 100), (7, 100, 100))
+    ]
+    assert summarize(steps[::-1] + before + EVENTS) == summarize(EVENTS)
+
+
 def test_reads_both_forms_of_a_trace_and_refuses_one_without_a_gpu(tmp_path, monkeypatch):
     text = json.dumps({"traceEvents": EVENTS})
     plain, packed = tmp_path / "trace.json", tmp_path / "trace.json.gz"

@@ -19,8 +19,9 @@ from torchtitan.tools.utils import device_type
 from lighthouse import SequenceShards, ShardedLighthouseAttention
 from lighthouse.selection import kernels
 
-#: The compiler's own passes that start exchanges early and wait for them late; it runs none by default.
-OVERLAP = ["sink_waits_iterative", "reorder_communication_preserving_peak_memory", "sink_waits_iterative"]
+#: The compiler's pass that starts exchanges early, waits for them late and puts what need not wait in between, weight
+#: gradients for one; it runs none by default. It keeps the order of the exchanges, which must be the same on all ranks.
+OVERLAP = ["reorder_compute_for_overlap"]
 
 
 def remember_layout() -> None:
