@@ -269,10 +269,10 @@ def table(curves: list[Curve]) -> str:
 
 
 def draw(curves: list[Curve], path: Path) -> None:
-    """Training loss of the headline arms; what is held out, as the difference to dense."""
+    """Training loss of the first arms of one seed; what is held out of all arms, as the difference to dense."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.4), dpi=110, layout="constrained")
     dense = {curve.seed: curve for curve in curves if not curve.switch}
-    headline = [curve for curve in curves if curve.seed == 0][:4]
+    headline = [curve for curve in curves if curve.seed == curves[0].seed][:4]
     for number, curve in enumerate(curves):
         base, color = dense.get(curve.seed), f"C{number}"
         if curve in headline:
@@ -289,8 +289,7 @@ def draw(curves: list[Curve], path: Path) -> None:
     right.axhline(0, color="black", linewidth=0.8)
     for axes in (left, right):
         axes.grid(alpha=0.25)
-    if headline:
-        left.legend(frameon=False, fontsize=9)
+    left.legend(frameon=False, fontsize=9)
     if right.lines[:-1]:  # all but the line at zero
         right.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path)

@@ -2,8 +2,9 @@ import argparse
 import gzip
 import json
 
+import matplotlib.pyplot as plt
 import pytest
-from recoverability import ARMS, jobs_of, pieces, prepare, read_curves, table
+from recoverability import ARMS, draw, jobs_of, pieces, prepare, read_curves, table
 
 OPTIONS = {"steps": 1600, "overrides": []}
 
@@ -49,7 +50,7 @@ def test_every_split_starts_from_a_checkpoint_that_stage_1_saves(tmp_path):
         assert job.after is stage1 and job.last_step == 1600
 
 
-def test_the_table_reads_gap_spike_recovery_and_time(tmp_path):
+def test_the_report_reads_gap_spike_recovery_and_time(tmp_path, monkeypatch):
     """Losses by formula: the arm ends 0.1 above dense, jumps by 1.5 and is back at Stage 1's level 200 steps later."""
     arms = [arm for arm in ARMS if arm.name in ("dense", "norm k512, seed 1", "dense, seed 1")]
     options = argparse.Namespace(**OPTIONS, output=tmp_path, arms=arms)
@@ -68,8 +69,16 @@ def test_the_table_reads_gap_spike_recovery_and_time(tmp_path):
     record(tmp_path / "norm-k512-seed-1/stage1", range(5, 1001, 5), lambda step: 2.5, 20)
     after = lambda step: 4.0 if step == 1001 else 2.6 if step <= 1100 else 2.1  # noqa: E731
     record(tmp_path / "norm-k512-seed-1/stage2-10-6", range(1001, 1601), after, 10, held_out=2.125)
-    row = next(line for line in table(read_curves(options)).splitlines() if line.startswith("| norm"))
+    curves = read_curves(options)
+    row = next(line for line in table(curves).splitlines() if line.startswith("| norm"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[:7] == ["norm k512, seed 1, 10:6", "1,600", "2.1250", "+0.1250", "2.1000", "+0.1000", "+1.500"]
     assert 100 < int(cells[7]) <= 200
     assert cells[8:] == ["1100", "1.45"]  # 1,000 steps at twice the rate, then 600
+
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    draw([curve for curve in curves if curve.seed == 1], tmp_path / "curves.png")
+    losses, gaps = ([line.get_ydata() for line in axes.lines] for axes in plt.gcf().axes)
+    # From step 101 on: dense, Stage 1 at every fifth step, its dense tail.
+    assert [len(line) for line in losses if len(line)] == [1500, 180, 600]
+    assert [list(line) for line in gaps] == [[0.125], [0, 0]]
