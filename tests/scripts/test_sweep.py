@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from pathlib import Path
 
 import pytest
 import sweep
@@ -30,6 +31,13 @@ def test_every_run_builds_with_the_published_geometry(name):
         assert config.selected_length(settings.training.seq_len) == PUBLISHED_ROWS[name]
     routed = [layer for layer in model.layers.values() if layer.attention.lighthouse is not None]
     assert len(routed) == {"dense": 0, "l4-p4-k4096-norm-1m-cp8": 30}.get(name, 26)
+
+
+def test_every_run_starts_at_its_full_size(tmp_path):
+    """Up to its first step, FSDP and context parallelism included."""
+    worker = Path(__file__).with_name("dry_runs.py")
+    started = run([sys.executable, str(worker), str(tmp_path)], PYTHONPATH=str(REPOSITORY / "scripts")).stdout
+    assert set(sweep.RUNS) <= set(started.splitlines())
 
 
 def test_splits_share_one_schedule():

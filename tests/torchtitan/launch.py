@@ -48,8 +48,8 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def run(words: list[str], *, check: bool = True, timeout: float = 240) -> subprocess.CompletedProcess:
-    result = subprocess.run(words, capture_output=True, text=True, timeout=timeout, env=environment())
+def run(words: list[str], *, check: bool = True, timeout: float = 240, **variables: str) -> subprocess.CompletedProcess:
+    result = subprocess.run(words, capture_output=True, text=True, timeout=timeout, env=environment() | variables)
     if check and result.returncode:
         raise AssertionError(f"{' '.join(words)}\n{result.stdout[-6000:]}\n{result.stderr[-6000:]}")
     return result
