@@ -144,9 +144,9 @@ def jobs_of(arm: Arm, options: argparse.Namespace) -> Iterator[Job]:
         yield Job(run, [*resume, str(start), *launcher], options.steps, after=stage1)
 
 
-def run(options: argparse.Namespace) -> None:
-    """All jobs in order, one a device at a time, each as soon as what it starts from is there."""
-    waiting = [job for arm in options.arms for job in jobs_of(arm, options)]
+def run(jobs: list[Job]) -> None:
+    """All jobs in order, one a device at a time, each as soon as what it starts from is there; sets their codes."""
+    waiting = list(jobs)
     lock = threading.Condition()
 
     def next_ready() -> Job | None:
@@ -311,12 +311,13 @@ def main() -> None:
         raise SystemExit(f"recoverability: --steps {options.steps}: must be a multiple of {UNITS}")
     options.arms = [arm for arm in ARMS if arm.name in options.arms]
     options.output = options.output.resolve()
+    jobs = [job for arm in options.arms for job in jobs_of(arm, options)]
     if options.command == "run":
         if not (options.output / "text").exists():
             if not options.text:
                 raise SystemExit("recoverability: --text names the folders to train on")
             prepare(options.text, options.output / "text", options.seq_len)
-        run(options)
+        run(jobs)
     curves = read_curves(options)
     if not curves:
         raise SystemExit(f"recoverability: no run in {options.output} has both stages, or is dense, so far")
@@ -324,6 +325,8 @@ def main() -> None:
     (options.output / "recoverability.md").write_text(text, encoding="utf-8")
     draw(curves, options.output / "recoverability.png")
     print("\n" + text)
+    if failed := sum(bool(job.code) for job in jobs):
+        raise SystemExit(f"recoverability: {failed} of {len(jobs)} runs failed")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 import argparse
 import gzip
 import json
+import sys
 
 import matplotlib.pyplot as plt
 import pytest
-from recoverability import ARMS, draw, jobs_of, pieces, prepare, read_curves, table
+from recoverability import ARMS, Job, draw, jobs_of, pieces, prepare, read_curves, run, table
 
 OPTIONS = {"steps": 1600, "overrides": []}
 
@@ -48,6 +49,17 @@ def test_every_split_starts_from_a_checkpoint_that_stage_1_saves(tmp_path):
         start = next(part for part in job.command if "/checkpoint/step-" in part)
         assert int(start.rpartition("-")[2]) == split * 100 and split * 100 in saved
         assert job.after is stage1 and job.last_step == 1600
+
+
+def test_a_job_whose_start_failed_is_not_run(tmp_path):
+    def job(name, code, after=None):
+        return Job(tmp_path / name, [sys.executable, "-c", f"print('ran'); raise SystemExit({code})"], 1, after)
+
+    stage1, dense = job("stage1", 3), job("dense", 0)
+    jobs = [stage1, job("stage2", 0, after=stage1), dense, job("more", 0, after=dense)]
+    run(jobs)
+    assert [job.code for job in jobs] == [3, 3, 0, 0]
+    assert {path.stem for path in tmp_path.glob("*.log")} == {"stage1", "dense", "more"}
 
 
 def test_the_report_reads_gap_spike_recovery_and_time(tmp_path, monkeypatch):
