@@ -4,7 +4,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 from launch import losses, metrics, run, train
+from torch._inductor import config as inductor
+from torch._inductor.utils import run_and_get_code
+from torch.distributed._functional_collectives import all_to_all_single
+from torchtitan.experiments.lighthouse.infra.parallelize import OVERLAP
 
 #: Eight tiles, so that each of four ranks' two chunks has one.
 SPLIT = {"training__seq_len": "2048", "lighthouse__num_levels": "2", "lighthouse__top_k": "1024"}
@@ -53,3 +59,30 @@ def test_a_whole_run_equals_one_device(tmp_path):
             assert ours.get("tokens_seen") == theirs.get("tokens_seen")
             if "validation_loss" in theirs:
                 assert ours["validation_loss"] == pytest.approx(theirs["validation_loss"], rel=1e-4)
+
+
+@pytest.fixture
+def alone():
+    """A process group of one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("passes", [[], OVERLAP], ids=["by default", "ours"])
+def test_compiled_exchanges_are_waited_for_after_what_does_not_need_them(alone, passes):
+    """As in a layer's backward: a product that comes later in the program, and that only our pass moves up."""
+
+    def step(rows, weight):
+        return all_to_all_single(rows, None, None, alone), weight @ weight
+
+    torch.use_deterministic_algorithms(False)  # with them the compiler reorders nothing
+    torch.compiler.reset()
+    with inductor.patch(
+        reorder_for_compute_comm_overlap=bool(passes),
+        reorder_for_compute_comm_overlap_passes=passes,
+        fx_graph_cache=False,
+    ):
+        _, (code,) = run_and_get_code(torch.compile(step, fullgraph=True), torch.ones(8, 8), torch.ones(8, 8))
+    exchange, wait, product = map(code[code.index("def call") :].index, ("all_to_all_single", "wait_tensor", "mm("))
+    assert exchange < product < wait if passes else exchange < wait < product
