@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchtitan.config import ConfigManager
 from torchtitan.experiments.lighthouse import lighthouse_args
-from torchtitan.experiments.lighthouse.job_config import parse_layers
+from torchtitan.experiments.lighthouse.job_config import check_degrees, parse_layers
 from torchtitan.protocols.train_spec import get_train_spec
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -182,6 +182,26 @@ def test_what_cannot_run_is_refused_before_anything_is_built(overrides, message,
     monkeypatch.setattr("torchtitan.experiments.lighthouse.model.args.device_type", "cpu")
     with pytest.raises(ValueError, match=re.escape(message)):
         model_args(parse("debug.toml", *overrides))
+
+
+@pytest.mark.parametrize(
+    ("processes", "degrees", "message"),
+    [
+        (8, {"context_parallel": 4}, None),
+        (8, {"context_parallel": 2, "data_parallel_shard": 4}, None),
+        (1, {"context_parallel": 2}, "WORLD_SIZE=1: must be a multiple of 2 .*context_parallel_degree=2.*: 2$"),
+        (6, {"context_parallel": 2, "data_parallel_replicate": 2}, "WORLD_SIZE=6: must be a multiple of 4 .*: 4 or 8$"),
+        (8, {"data_parallel_shard": 4}, "WORLD_SIZE=8: must be 4 .*data_parallel_shard_degree=4.*: 4$"),
+        (8, {"context_parallel": 0}, "context_parallel_degree=0: must be at least 1; nearest valid value: 1"),
+    ],
+)
+def test_degrees_must_fill_the_processes(processes, degrees, message):
+    settings = parse("debug.toml", *(f"--parallelism.{kind}_degree={degree}" for kind, degree in degrees.items()))
+    if message is None:
+        check_degrees(settings.parallelism, processes)
+    else:
+        with pytest.raises(ValueError, match=message):
+            check_degrees(settings.parallelism, processes)
 
 
 def test_dense_runs_are_not_bound_by_the_geometry():

@@ -3,6 +3,7 @@
 Loaded through ``job.custom_config_module``; torchtitan merges these dataclasses into its own, field by field.
 """
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -108,6 +109,36 @@ def parse_layers(layers: str, n_layers: int) -> tuple[int, ...]:
             )
         chosen.update(range(first, final + 1))
     return tuple(sorted(chosen))
+
+
+def check_degrees(parallelism: upstream.Parallelism, world_size: int) -> None:
+    """Refuse degrees that do not fill the processes there are. (Upstream's assertion says neither.)
+
+    Raises:
+        ValueError: naming the degrees, and the nearest degree or number of processes.
+    """
+    kinds = [
+        "data_parallel_replicate",
+        "data_parallel_shard",
+        "context_parallel",
+        "tensor_parallel",
+        "pipeline_parallel",
+    ]
+    degrees = {f"{kind}_degree": getattr(parallelism, f"{kind}_degree") for kind in kinds}
+    takes_the_rest = degrees["data_parallel_shard_degree"] == -1
+    if takes_the_rest:
+        del degrees["data_parallel_shard_degree"]
+    for name, degree in degrees.items():
+        if degree < 1:
+            raise ValueError(f"parallelism.{name}={degree}: must be at least 1; nearest valid value: 1")
+    needed = math.prod(degrees.values())
+    nearest = {max(1, world_size // needed) * needed, -(-world_size // needed) * needed} if takes_the_rest else {needed}
+    if world_size not in nearest:
+        product = " · ".join(f"{name}={degree}" for name, degree in degrees.items())
+        raise ValueError(
+            f"WORLD_SIZE={world_size}: must be {'a multiple of ' if takes_the_rest else ''}{needed} ({product}); "
+            f"nearest valid values: {' or '.join(map(str, sorted(nearest)))}"
+        )
 
 
 def split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:

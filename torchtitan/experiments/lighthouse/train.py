@@ -20,6 +20,7 @@ import torchtitan.train as upstream
 from torch import Tensor
 from torchtitan.config import JobConfig
 from torchtitan.distributed import utils as dist_utils
+from torchtitan.experiments.lighthouse.job_config import check_degrees
 from torchtitan.experiments.lighthouse.loss import Processed, with_labels
 from torchtitan.experiments.lighthouse.metrics import stage_of
 from torchtitan.tools.logging import logger
@@ -39,6 +40,9 @@ class _HostTensor(Tensor):
 
 class LighthouseTrainer(upstream.Trainer):
     def __init__(self, job_config: JobConfig) -> None:
+        if "WORLD_SIZE" not in os.environ:
+            raise RuntimeError("no WORLD_SIZE: start with torchrun --nproc_per_node GPUS -m torchtitan.experiments.…")
+        check_degrees(job_config.parallelism, int(os.environ["WORLD_SIZE"]))
         self._losses: list[Tensor] = []
         self._unchecked: tuple[int, Tensor, torch.Event | None] | None = None
         super().__init__(job_config)
