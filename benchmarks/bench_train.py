@@ -49,12 +49,13 @@ Run = tuple[str, tuple[str, ...]]
 
 
 def context_parallel_runs(degree: int) -> dict[str, Run]:
+    """98,304 tokens and more, every sequence split over ``degree`` devices."""
     split = (f"--parallelism.context_parallel_degree={degree}",)
     return {
         f"98k cp{degree} dense": ("530m_cp.toml", (*NO_CHECKPOINTING, *split, "--lighthouse.no-enable")),
         f"98k cp{degree}": ("530m_cp.toml", (*NO_CHECKPOINTING, *split)),
         f"1m cp{degree}": ("530m_cp.toml", (*MILLION, *split)),
-        f"1m cp{degree} four dense": ("530m_cp.toml", (*MILLION, *split, "--lighthouse.layers=2-27")),
+        f"1m cp{degree} layers 2-27": ("530m_cp.toml", (*MILLION, *split, "--lighthouse.layers=2-27")),
         f"2m cp{degree}": ("530m_cp.toml", (*MILLION, *split, "--training.seq_len=2097152")),
         f"4m cp{degree}": ("530m_cp.toml", (*MILLION, *split, "--training.seq_len=4194304")),
     }

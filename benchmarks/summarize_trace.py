@@ -65,8 +65,7 @@ def summarize(events: list[dict[str, Any]]) -> Summary:
     steps = [event for event in events if event.get("cat") == "gpu_user_annotation" and STEP in event["name"]]
     if steps:
         last = max(steps, key=lambda event: event["ts"])
-        # The span ends with the step's last kernel on the stream that computes; the host runs ahead, so that the step
-        # begins when the device, not the host, begins it.
+        # The device's span: the host, which runs ahead, begins the step while the device is still busy with the last.
         work = [event for event in work if last["ts"] <= event["ts"] < last["ts"] + last["dur"]]
     if not work:
         raise ValueError("the trace holds no work of a GPU")

@@ -130,9 +130,8 @@ def context_parallel_attention(
     short = [shards.join(pool_and_gather(rows, selection, config)) for rows in chunks]
     if rotate is not None:
         position = selection.last_positions(config.pooling_factor)
-        first = (
-            torch.arange(len(position), device=position.device) % shards.held * chunk_len
-        )  # as ``stack`` orders them
+        # Where each chunk begins in the rank's own rows, in the order of ``stack``.
+        first = torch.arange(len(position), device=position.device) % shards.held * chunk_len
         position = shards.join((position + first[:, None, None])[..., None])[..., 0]
         short[:2] = [rotate(rows, position) for rows in short[:2]]
     grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
