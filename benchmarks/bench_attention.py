@@ -152,9 +152,9 @@ def measure_kernels(seq_len: int, config: LighthouseConfig) -> list[tuple[str, f
     parents = kernels.pick_parents(*scores, num_levels, p, config.num_tiles, 1)
     short = torch.randn(1, HEADS, selected, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
     long_bytes, short_bytes = (HEADS * n * HEAD_DIM * 2 / 1e9 for n in (seq_len, selected))
-    place_bytes, entry_bytes = chosen.place.numel() * 4 / 1e9, chosen.entry.numel() * 9 / 1e9
+    map_bytes, entry_bytes = chosen.inverse_map.numel() * 4 / 1e9, chosen.entry.numel() * 9 / 1e9
     score_bytes, parent_bytes = scores[0].numel() * 8 / 1e9, parents.numel() * 4 / 1e9
-    shape, maps = (num_levels, p), (chosen.entry, chosen.place)
+    shape, maps = (num_levels, p), (chosen.entry, chosen.inverse_map)
     work: dict[str, tuple[Callable[[], object], float]] = {
         "copy of one tensor (the ceiling)": (lambda: grad.clone(), 2 * long_bytes),
         "norm_scores": (lambda: kernels.norm_scores(query, key, p), 2 * long_bytes + score_bytes),
@@ -164,23 +164,23 @@ def measure_kernels(seq_len: int, config: LighthouseConfig) -> list[tuple[str, f
         ),
         "order_entries": (
             lambda: kernels.order_entries(parents, seq_len, *shape),
-            parent_bytes + place_bytes + entry_bytes,
+            parent_bytes + map_bytes + entry_bytes,
         ),
-        "pool_rows, gather": (
-            lambda: kernels.pool_rows(query, *maps, *shape, 0, True),
-            long_bytes + short_bytes + place_bytes,
+        "gather": (
+            lambda: kernels.gather(query, *maps, *shape),
+            long_bytes + short_bytes + map_bytes,
         ),
-        "spread_rows, gather's backward": (
-            lambda: kernels.spread_rows(short, *maps, seq_len, *shape, 0, True),
-            long_bytes + short_bytes + place_bytes,
+        "gather_backward": (
+            lambda: kernels.gather_backward(short, chosen.inverse_map, seq_len, *shape),
+            long_bytes + short_bytes + map_bytes,
         ),
-        "spread_rows, scatter-back": (
-            lambda: kernels.spread_rows(short, *maps, seq_len, *shape, 1, False),
-            long_bytes + short_bytes + place_bytes,
+        "scatter": (
+            lambda: kernels.scatter(short, *maps, seq_len, *shape),
+            long_bytes + short_bytes + map_bytes,
         ),
-        "pool_rows, scatter-back's backward": (
-            lambda: kernels.pool_rows(grad, *maps, *shape, 1, False),
-            long_bytes + short_bytes + place_bytes,
+        "scatter_backward": (
+            lambda: kernels.scatter_backward(grad, *maps, *shape),
+            long_bytes + short_bytes + map_bytes,
         ),
     }
     measured = []

@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 import triton
 from bench_attention import check
-from torchtitan.experiments.lighthouse.job_config import split_overrides
-from torchtitan.experiments.lighthouse.metrics import METRICS_FILE, read_metrics
+from torchtitan.experiments.lighthouse.runs import launch
+from torchtitan.experiments.lighthouse.runs.records import METRICS_FILE, read_metrics
 
 from lighthouse import LighthouseConfig
 
@@ -92,14 +92,14 @@ def measure(name: str, options: argparse.Namespace) -> Row | None:
     config, overrides = RUNS[name]
     folder = options.output / name.replace(" ", "-")
     folder.mkdir(parents=True, exist_ok=True)
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.nproc}"),
-        *("-m", "torchtitan.experiments.lighthouse.train"),
+    settings = [
         *("--job.config_file", str(REPOSITORY / "train_configs" / config), f"--job.dump_folder={folder}"),
         *(f"--training.steps={options.steps}", "--training.global_batch_size=-1"),
         *(f"--metrics.log_freq={LOG_FREQ}", "--metrics.no-enable_tensorboard", "--checkpoint.no-enable"),
-        *overrides, *options.overrides,
-    ]  # fmt: skip
+        *overrides,
+        *options.overrides,
+    ]
+    command = launch.trainer_command(launch.one_node(options.nproc), settings)
     (folder / METRICS_FILE).unlink(missing_ok=True)
     with (folder / "log.txt").open("w") as log:
         try:
@@ -152,7 +152,7 @@ def write(rows: list[Row], options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    arguments, overrides = split_overrides(sys.argv[1:])
+    arguments, overrides = launch.split_overrides(sys.argv[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), metavar="RUN", help=", ".join(RUNS))
     parser.add_argument("--nproc", type=int, default=max(1, torch.cuda.device_count()), help="devices; default: all")

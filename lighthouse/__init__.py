@@ -5,6 +5,8 @@ from lighthouse.config import LighthouseConfig
 from lighthouse.context_parallel import SequenceShards, ShardedLighthouseAttention, context_parallel_attention
 from lighthouse.selection import Selection, select
 
+__version__ = "0.1.0"
+
 __all__ = [
     "LighthouseAttention",
     "LighthouseConfig",

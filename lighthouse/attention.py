@@ -1,25 +1,26 @@
-"""Lighthouse Attention: select, gather, attend, scatter back (Peng, Ghosh, Quesnelle, arXiv 2605.06554).
+"""Lighthouse Attention: select, gather, attend, scatter (Peng, Ghosh, Quesnelle, arXiv 2605.06554).
 
-``lighthouse_attention`` reads like the algorithm. Below it stand the two stages that move rows.
+The functions stand in the order in which the method runs; docs/method.md states it exactly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import lighthouse.rows
-from lighthouse.config import LighthouseConfig
-from lighthouse.selection import Selection, check_shapes, kernels, select
+from lighthouse import gather_scatter
+from lighthouse.backend import load_kernels
+from lighthouse.config import LighthouseConfig, ResolvedBackend
+from lighthouse.selection import Selection, check_shapes, select
 
 #: Causal attention over [B, H, S, D] and [B, G, S, D]; called with ``enable_gqa=True`` where G < H.
 InnerAttention = Callable[..., Tensor]
 
-#: A rotary embedding: rows [B, H, S, D], turned by their positions [B, G, S], int64; each group's serve its H/G heads.
+#: A rotary embedding: takes rows [B, H, S, D] and their positions [B, G, S], int64, and returns the rows, turned by
+#: them. The positions of each group serve its H/G heads.
 Rotate = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -39,9 +40,10 @@ def lighthouse_attention(
         key, value: [B, G, N, D] with G dividing H, of the same dtype and device.
         config: valid for N (``config.validate(N)``).
         attention: the inner attention, causal, scale 1/√D. Default: ``causal_attention``.
-        rotate: the rotary embedding, for queries and keys that come without it: pooled first, each entry is then turned
-            by its last covered position. (The published method pools rotated rows, which averages high frequencies
-            away.) Norms do not change by turning, so the selection is the same; the other scorers are refused.
+        rotate: the rotary embedding, for queries and keys that come without it (docs/method.md, section 10.3). They are
+            pooled first, and each entry is then turned by its last covered position. (The published method pools
+            rotated rows, which averages high frequencies away.) Turning a row does not change its norm, so the
+            selection is the same; the other scorers are refused.
 
     Returns:
         [B, H, N, D] in the dtype of ``query``.
@@ -51,13 +53,13 @@ def lighthouse_attention(
             not available, or ``rotate`` with another scorer than ``norm``.
     """
     check_inputs(query, key, value)
-    config.resolve_backend(query.device.type)
+    backend = config.resolve_backend(query.device.type)
     if rotate is not None and config.scorer != "norm":
         raise ValueError(
             f"scorer={config.scorer!r} attends to rotated queries and keys: rotate needs the scorer 'norm'"
         )
-    selection = select(query, key, config, value=value)
-    return attend_selected(query, key, value, selection, config, attention=attention, rotate=rotate)
+    selection = select(query, key, config, value=value, backend=backend)
+    return attend_selected(query, key, value, selection, config, attention=attention, rotate=rotate, backend=backend)
 
 
 def attend_selected(
@@ -69,15 +71,89 @@ def attend_selected(
     *,
     attention: InnerAttention | None = None,
     rotate: Rotate | None = None,
+    backend: ResolvedBackend | None = None,
 ) -> Tensor:
-    """``lighthouse_attention`` through a selection that is already made; arguments and result as there."""
+    """``lighthouse_attention`` through a selection that is already made; arguments and result as there.
+
+    Args:
+        backend: what ``config.resolve_backend`` returned, from callers that have asked it already.
+    """
+    backend = backend or config.resolve_backend(query.device.type)
     attention = attention or causal_attention
-    short = [pool_and_gather(rows, selection, config) for rows in (query, key, value)]
+    short_query, short_key, short_value = (gather(rows, selection, config, backend) for rows in (query, key, value))
     if rotate is not None:
         position = selection.last_positions(config.pooling_factor)
-        short[:2] = [rotate(rows, position) for rows in short[:2]]
+        short_query, short_key = rotate(short_query, position), rotate(short_key, position)
     grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
-    return scatter_back(attention(*short, **grouped), selection, query.shape[2], config)
+    output = attention(short_query, short_key, short_value, **grouped)
+    return scatter(output, selection, query.shape[2], config, backend)
+
+
+def gather(rows: Tensor, selection: Selection, config: LighthouseConfig, backend: ResolvedBackend) -> Tensor:
+    """Pool every selected window to its mean and put the means in causal order (docs/method.md, sections 1 and 4).
+
+    Args:
+        rows: [B, H, N, D]; the selection of each key/value head serves its H/G heads.
+
+    Returns:
+        [B, H, S, D] in the dtype of ``rows``.
+    """
+    twin = load_kernels().gather if backend == "triton" else gather_scatter.gather
+    gathered: Tensor = twin(rows, selection.entry, selection.inverse_map, config.num_levels, config.pooling_factor)
+    return gathered
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, enable_gqa: bool = False) -> Tensor:
+    """Torch's causal SDPA; on a GPU cuDNN first, then Flash (torch's own default is 1.7× slower on Hopper)."""
+    if not query.is_cuda:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=enable_gqa)
+    priority = [
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.MATH,
+    ]
+    with sdpa_kernel(priority, set_priority=True):
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=enable_gqa)
+
+
+def scatter(
+    rows: Tensor,
+    selection: Selection,
+    seq_len: int,
+    config: LighthouseConfig,
+    backend: ResolvedBackend,
+    halo: Tensor | None = None,
+) -> Tensor:
+    """Write every entry's output to p^ℓ positions, from its last covered one on, and add levels up.
+
+    Seen from the other side: position t takes from each level the one entry ⌊(t+1)/p^ℓ⌋ − 1, if it is selected
+    (docs/method.md, section 6).
+
+    Args:
+        rows: [B, H, S, D], the attention's output, in the order of the selection.
+        halo: [B, H, L − 1, D], what the chunk before this one hands over (``lighthouse.context_parallel``).
+
+    Returns:
+        [B, H, N, D] in the dtype of ``rows``.
+    """
+    twin = load_kernels().scatter if backend == "triton" else gather_scatter.scatter
+    scattered: Tensor = twin(
+        rows, selection.entry, selection.inverse_map, seq_len, config.num_levels, config.pooling_factor, halo
+    )
+    return scattered
+
+
+def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Refuse tensors that do not fit together in shape, dtype or device."""
+    check_shapes(query, key, value)
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.dtype != query.dtype or tensor.device != query.device:
+            raise ValueError(
+                f"{name} is {tensor.dtype} on {tensor.device}, query {query.dtype} on {query.device}: must be the same"
+            )
+    if not query.is_floating_point():
+        raise ValueError(f"query is {query.dtype}: must be a floating dtype")
 
 
 class LighthouseAttention(nn.Module):
@@ -107,68 +183,3 @@ class LighthouseAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return str(self.config)
-
-
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, enable_gqa: bool = False) -> Tensor:
-    """Torch's causal SDPA; on a GPU cuDNN first, then Flash (torch's own default is 1.7× slower on Hopper)."""
-    if not query.is_cuda:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=enable_gqa)
-    priority = [
-        SDPBackend.CUDNN_ATTENTION,
-        SDPBackend.FLASH_ATTENTION,
-        SDPBackend.EFFICIENT_ATTENTION,
-        SDPBackend.MATH,
-    ]
-    with sdpa_kernel(priority, set_priority=True):
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=enable_gqa)
-
-
-def pool_and_gather(rows: Tensor, selection: Selection, config: LighthouseConfig) -> Tensor:
-    """The selected windows' means, in sequence order (sections 1 and 4).
-
-    Args:
-        rows: [B, H, N, D]; each key/value head's selection serves its H/G heads.
-
-    Returns:
-        [B, H, S, D] in the dtype of ``rows``.
-    """
-    return _movement(rows, config).pool_rows(
-        rows, selection.entry, selection.place, config.num_levels, config.pooling_factor, shift=0, mean=True
-    )
-
-
-def scatter_back(
-    rows: Tensor, selection: Selection, seq_len: int, config: LighthouseConfig, halo: Tensor | None = None
-) -> Tensor:
-    """Hand every entry's output to the p^ℓ positions from its last covered one on, adding levels up (section 5).
-
-    Seen from the other side: position t takes from each level the one entry ⌊(t+1)/p^ℓ⌋ − 1, if it is selected.
-
-    Args:
-        rows: [B, H, S, D], the attention's output in sequence order.
-        halo: [B, H, L − 1, D], what the chunk before this one hands over (``lighthouse.context_parallel``).
-
-    Returns:
-        [B, H, N, D] in the dtype of ``rows``.
-    """
-    return _movement(rows, config).spread_rows(
-        rows, selection.entry, selection.place, seq_len, config.num_levels, config.pooling_factor,
-        shift=1, mean=False, halo=halo,
-    )  # fmt: skip
-
-
-def _movement(rows: Tensor, config: LighthouseConfig) -> ModuleType:
-    """The backend that moves rows: ``lighthouse.rows`` or its Triton twin, differentiable both."""
-    return kernels() if config.resolve_backend(rows.device.type) == "triton" else lighthouse.rows
-
-
-def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """Refuse tensors that do not fit together in shape, dtype or device."""
-    check_shapes(query, key, value)
-    for name, tensor in (("key", key), ("value", value)):
-        if tensor.dtype != query.dtype or tensor.device != query.device:
-            raise ValueError(
-                f"{name} is {tensor.dtype} on {tensor.device}, query {query.dtype} on {query.device}: must be the same"
-            )
-    if not query.is_floating_point():
-        raise ValueError(f"query is {query.dtype}: must be a floating dtype")

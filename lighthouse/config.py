@@ -1,4 +1,4 @@
-"""The settings of Lighthouse Attention and every rule of valid geometry (method, section 3)."""
+"""The settings of Lighthouse Attention and every rule of valid geometry (docs/method.md, section 3)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from lighthouse.pyramid import level_lengths
 
 Scorer = Literal["norm", "dilated", "gla"]
 Backend = Literal["auto", "torch", "triton"]
+ResolvedBackend = Literal["torch", "triton"]
 
 #: Triton's interpreter runs kernels on CPU tensors. Triton reads this variable when it is imported, and so do we.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -42,13 +43,17 @@ class LighthouseConfig:
     """δ ≥ 1, the interleaving of the ``dilated`` and ``gla`` scorers, which must divide the sequence length."""
 
     cover_start: bool = True
-    """Keep window 0 of every level ≥ 1 a parent, so that every position receives an output (section 3)."""
+    """Make window 0 of every level ≥ 1 a parent, so that every position receives an output.
+
+    See docs/method.md, section 10.1.
+    """
 
     delay_scores: bool = False
-    """Score every window by the coarsest window before it in its tile, the first by 0.
+    """Score every window by the coarsest window before it in its tile, the first by 0 (docs/method.md, section 10.2).
 
-    As published (off), a window is selected by what it holds, and a model learns to read from the selection what comes
-    next. On, a window's own rows have no say in whether it is expanded, but that the next window competes with it.
+    Off, as published, a window is selected by what it holds, and a model learns to read from the selection what comes
+    next. On, a window's own rows decide nothing about whether it is expanded, except that the window after it, which
+    they score, competes with it.
     """
 
     backend: Backend = "auto"
@@ -72,7 +77,9 @@ class LighthouseConfig:
         return self.top_k // PARENTS_PER_TILE
 
     def validate(self, seq_len: int, num_chunks: int = 1) -> None:
-        """Check that a sequence of ``seq_len`` tokens can be selected from, whole or in equal chunks (section 7).
+        """Check that a sequence of ``seq_len`` tokens can be selected from, whole or in equal chunks.
+
+        Chunks are those of context parallelism (docs/method.md, section 8).
 
         Raises:
             ValueError: naming the value, the rule it breaks and the nearest valid values.
@@ -128,7 +135,10 @@ class LighthouseConfig:
             )
 
     def of_chunk(self, num_chunks: int) -> LighthouseConfig:
-        """The settings of one of ``num_chunks`` equal chunks, which selects with its share of the tiles (section 7)."""
+        """The settings of one of ``num_chunks`` equal chunks, which selects with its share of the tiles.
+
+        See docs/method.md, section 8.
+        """
         return replace(self, top_k=self.top_k // num_chunks)
 
     def selected_length(self, seq_len: int) -> int:
@@ -141,7 +151,7 @@ class LighthouseConfig:
         coarsest = level_lengths(seq_len, self.num_levels, self.pooling_factor)[-1]
         return coarsest + (self.num_levels - 1) * self.pooling_factor * self.top_k
 
-    def resolve_backend(self, device_type: str) -> Literal["torch", "triton"]:
+    def resolve_backend(self, device_type: str) -> ResolvedBackend:
         """The backend that runs on ``device_type``; an explicit request never falls back.
 
         Raises:

@@ -1,7 +1,8 @@
-"""Lighthouse over a sequence that is split across devices: the one-device result, chunk by chunk (section 7).
+"""Lighthouse over a sequence that is split across devices: the one-device result, chunk by chunk.
 
-Selection and pooling look at one chunk at a time, ring attention runs over all gathered chunks as over any sequence,
-and what the last windows of a chunk write past its end travels to the device that holds the next chunk.
+Source: docs/method.md, section 8. Selection and pooling look at one chunk at a time. Ring attention runs over all
+gathered chunks as over any sequence. What the last windows of a chunk write past its end, its halo, travels to the
+device that holds the next chunk.
 """
 
 from __future__ import annotations
@@ -13,14 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 
-from lighthouse.attention import (
-    InnerAttention,
-    LighthouseAttention,
-    Rotate,
-    check_inputs,
-    pool_and_gather,
-    scatter_back,
-)
+from lighthouse.attention import InnerAttention, LighthouseAttention, Rotate, check_inputs, gather, scatter
 from lighthouse.config import LighthouseConfig
 from lighthouse.pyramid import level_lengths, level_offsets
 from lighthouse.selection import Selection, select
@@ -30,8 +24,8 @@ from lighthouse.selection import Selection, select
 class SequenceShards:
     """Which chunks of the sequence the ranks of a group hold.
 
-    Of 2W equal chunks rank r holds r and 2W − 1 − r, one after the other (``load_balanced``: every rank has the same
-    share of causal attention's work); or of W chunks the r-th.
+    With ``load_balanced``, rank r holds chunks r and 2W − 1 − r of 2W equal ones, one after the other, so that every
+    rank has the same share of causal attention's work. Without, it holds the r-th of W.
     """
 
     group: dist.ProcessGroup
@@ -47,8 +41,8 @@ class SequenceShards:
         return self.held * dist.get_world_size(self.group)
 
     @property
-    def cover_every(self) -> int:
-        """Which of the chunks in the batch (``stack``) start the sequence: ``lighthouse.select``'s argument."""
+    def starts_every(self) -> int:
+        """Which of the chunks in the batch (``stack``) are starts of a sequence: ``lighthouse.select``'s argument."""
         return self.held if dist.get_rank(self.group) == 0 else 0
 
     def stack(self, rows: Tensor) -> Tensor:
@@ -59,21 +53,21 @@ class SequenceShards:
         """The inverse of ``stack``."""
         return chunks.unflatten(0, (-1, self.held)).transpose(1, 2).flatten(2, 3)
 
-    def pass_on(self, rows: Tensor) -> Tensor:
-        """Hand each chunk's rows to the chunk that follows it in the sequence.
+    def pass_halo_on(self, halo: Tensor) -> Tensor:
+        """Hand each chunk's halo to the chunk that follows it in the sequence.
 
-        The next chunk of a head is the head of the next rank, or the last rank's own tail; that of a tail is the tail
-        of the rank before. One collective, to the neighbours only, differentiable.
+        A rank's head is followed by the head of the next rank, or on the last rank by its own tail; a tail is followed
+        by the tail of the rank before. One collective, to the neighbours only, differentiable.
 
         Args:
-            rows: [B·C, …], as ``stack`` orders them.
+            halo: [B·C, …], as ``stack`` orders the chunks.
 
         Returns:
-            The rows of the chunk before, in the same order; zeros for the chunk that starts the sequence.
+            The halo of the chunk before, in the same order; zeros for the chunk that starts the sequence.
         """
         rank, size = dist.get_rank(self.group), dist.get_world_size(self.group)
         to, source = [0] * size, [0] * size
-        chunks = rows.unflatten(0, (-1, self.held)).transpose(0, 1)  # [C, B, …]
+        chunks = halo.unflatten(0, (-1, self.held)).transpose(0, 1)  # [C, B, …]
         if self.load_balanced:
             last = rank == size - 1
             to[rank if last else rank + 1] += 1  # the head
@@ -119,15 +113,17 @@ def context_parallel_attention(
         [B, H, N/W, D], equal to one device's result.
 
     Raises:
-        ValueError: for shapes that do not fit together or a geometry that cannot be split.
+        ValueError: for shapes that do not fit together, a geometry that cannot be split, or a backend that is not
+            available.
     """
     check_inputs(query, key, value)
     local_len = query.shape[2]
     config.validate(local_len * dist.get_world_size(shards.group), shards.num_chunks)
+    backend = config.resolve_backend(query.device.type)
     chunk_len, config = local_len // shards.held, config.of_chunk(shards.num_chunks)
     chunks = [shards.stack(rows) for rows in (query, key, value)]
-    selection = select(*chunks[:2], config, cover_every=shards.cover_every)
-    short = [shards.join(pool_and_gather(rows, selection, config)) for rows in chunks]
+    selection = select(chunks[0], chunks[1], config, starts_every=shards.starts_every, backend=backend)
+    short = [shards.join(gather(rows, selection, config, backend)) for rows in chunks]
     if rotate is not None:
         position = selection.last_positions(config.pooling_factor)
         # Where each chunk begins in the rank's own rows, in the order of ``stack``.
@@ -135,9 +131,9 @@ def context_parallel_attention(
         position = shards.join((position + first[:, None, None])[..., None])[..., 0]
         short[:2] = [rotate(rows, position) for rows in short[:2]]
     grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
-    out = shards.stack(attention(*short, **grouped))
-    halo = shards.pass_on(last_rows(out, selection, chunk_len, config))
-    return shards.join(scatter_back(out, selection, chunk_len, config, halo))
+    output = shards.stack(attention(*short, **grouped))
+    halo = shards.pass_halo_on(halo_of(output, selection, chunk_len, config))
+    return shards.join(scatter(output, selection, chunk_len, config, backend, halo))
 
 
 class ShardedLighthouseAttention(LighthouseAttention):
@@ -153,14 +149,14 @@ class ShardedLighthouseAttention(LighthouseAttention):
         )
 
 
-def last_rows(rows: Tensor, selection: Selection, seq_len: int, config: LighthouseConfig) -> Tensor:
-    """What a chunk writes past its end: the rows of each level's last entry, from level 1 on.
+def halo_of(rows: Tensor, selection: Selection, seq_len: int, config: LighthouseConfig) -> Tensor:
+    """The halo of a chunk, which is what it writes past its end: the rows of each level's last entry, from level 1 on.
 
-    Entry (ℓ, i) writes from its last covered position on, p^ℓ positions (section 5): of each level only the last entry
-    reaches past the end, and only if it is selected.
+    Entry (ℓ, i) writes to p^ℓ positions, from its last covered one on (docs/method.md, section 6). Of each level only
+    the last entry reaches past the end, and only if it is selected.
 
     Args:
-        rows: [B, H, S, D], the attention's output in sequence order.
+        rows: [B, H, S, D], the attention's output, in the order of the selection.
 
     Returns:
         [B, H, L − 1, D], zeros where the last entry is not selected.
@@ -169,7 +165,7 @@ def last_rows(rows: Tensor, selection: Selection, seq_len: int, config: Lighthou
     offsets = level_offsets(seq_len, config.num_levels, config.pooling_factor)
     last = [offset + length - 1 for offset, length in zip(offsets, lengths, strict=False)][1:]
     # Slices, not an index: a list would be copied to the device.
-    place = torch.cat([selection.place[..., entry : entry + 1] for entry in last], dim=-1)
-    place = place.repeat_interleave(rows.shape[1] // place.shape[1], dim=1)[..., None]  # [B, H, L − 1, 1]
-    taken = rows.gather(2, place.clamp(min=0).long().expand(-1, -1, -1, rows.shape[-1]))
-    return taken.where(place >= 0, 0.0)
+    slot = torch.cat([selection.inverse_map[..., entry : entry + 1] for entry in last], dim=-1)
+    slot = slot.repeat_interleave(rows.shape[1] // slot.shape[1], dim=1)[..., None]  # [B, H, L − 1, 1]
+    taken = rows.gather(2, slot.clamp(min=0).long().expand(-1, -1, -1, rows.shape[-1]))
+    return taken.where(slot >= 0, 0.0)

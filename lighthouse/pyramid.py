@@ -1,7 +1,7 @@
-"""The pyramid: sizes of its levels, the numbering of its entries, and pooling in plain torch (section 1).
+"""The pyramid (docs/method.md, section 1): sizes of its levels, numbering of its entries, and pooling in plain torch.
 
 Entries of all levels are numbered in one line, finest level first: entry i of level ℓ has the number
-``level_offsets(...)[ℓ] + i``. Selection, gather and scatter all speak in these numbers.
+``level_offsets(...)[ℓ] + i``. Selection, gather and scatter all use these numbers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def level_lengths(seq_len: int, num_levels: int, pooling_factor: int) -> tuple[i
 
 
 def level_offsets(seq_len: int, num_levels: int, pooling_factor: int) -> tuple[int, ...]:
-    """The number of each level's first entry, and last the number of entries in the whole pyramid (L + 1 values)."""
+    """The number of each level's first entry and, as value L + 1, how many entries the whole pyramid has."""
     return tuple(accumulate(level_lengths(seq_len, num_levels, pooling_factor), initial=0))
 
 
@@ -28,25 +28,25 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def pool_levels(rows: Tensor, num_levels: int, factor: int, how: Literal["mean", "sum"]) -> list[Tensor]:
-    """Reduce windows of ``factor``, ``factor``², … rows.
+def pool_levels(rows: Tensor, num_levels: int, pooling_factor: int, how: Literal["mean", "sum"]) -> list[Tensor]:
+    """Reduce windows of p, p², … rows, where p is the pooling factor.
 
     Args:
-        rows: [..., N, D] of any floating dtype, strides as they come; N divisible by ``factor ** (num_levels - 1)``.
+        rows: [..., N, D] of any floating dtype, strides as they come; N divisible by p^(L−1).
 
     Returns:
-        One tensor a level, [..., N/factor^ℓ, D]: ``rows`` itself, then reductions in the accumulation dtype.
+        One tensor per level, [..., N/p^ℓ, D]: ``rows`` itself, then reductions in the accumulation dtype.
     """
     levels, dtype = [rows], accumulation_dtype(rows.dtype)
     for _ in range(num_levels - 1):
-        windows = levels[-1].unflatten(-2, (-1, factor))
+        windows = levels[-1].unflatten(-2, (-1, pooling_factor))
         levels.append(windows.mean(-2, dtype=dtype) if how == "mean" else windows.sum(-2, dtype=dtype))
     return levels
 
 
-def pool_scores(scores: Tensor, num_levels: int, factor: int) -> list[Tensor]:
-    """Maxima over windows (section 2): [..., N] to one [..., N/factor^ℓ] a level."""
+def pool_scores(scores: Tensor, num_levels: int, pooling_factor: int) -> list[Tensor]:
+    """Maxima over windows (docs/method.md, section 2): from [..., N] to one tensor per level, [..., N/p^ℓ]."""
     levels = [scores]
     for _ in range(num_levels - 1):
-        levels.append(levels[-1].unflatten(-1, (-1, factor)).amax(-1))
+        levels.append(levels[-1].unflatten(-1, (-1, pooling_factor)).amax(-1))
     return levels

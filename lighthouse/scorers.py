@@ -1,9 +1,9 @@
-"""What makes an entry important: two scalars per position and key/value head (section 2).
+"""What makes an entry important: two scalars per position and key/value head (docs/method.md, section 2).
 
 Every scorer has one signature, ``(query, key, value, config) -> (query_score, key_score)`` with
 query [B, H, N, D], key and value [B, G, N, D] and scores [B, G, N] in float32 (float64 for float64 inputs).
-None has parameters, none is differentiated. With grouped heads the score of a group is the maximum over its query
-heads.
+None has parameters, and none is differentiated. With grouped heads the query score of a group is the maximum over its
+query heads.
 """
 
 from __future__ import annotations

@@ -1,16 +1,19 @@
-"""Stratified selection, coarse to fine, and the causal order of what it keeps (sections 3 and 4), in plain torch."""
+"""Stratified selection, coarse to fine, and the causal order of what it keeps, in plain torch.
+
+Source: docs/method.md, sections 3 and 4. ``lighthouse.kernels.selection`` holds the Triton twins.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lighthouse.config import PARENTS_PER_TILE, LighthouseConfig
+from lighthouse.backend import load_kernels
+from lighthouse.config import PARENTS_PER_TILE, LighthouseConfig, ResolvedBackend
 from lighthouse.pyramid import level_offsets, pool_scores
 from lighthouse.scorers import SCORERS
 
@@ -25,11 +28,11 @@ class Selection:
     level: Tensor
     """[B, G, S] int8: the level of each entry, 0 the finest."""
     index: Tensor
-    """[B, G, S] int32: the place of each entry within its level."""
+    """[B, G, S] int32: the index i of each entry within its level."""
     entry: Tensor
     """[B, G, S] int32: the number of each entry in the pyramid (``lighthouse.pyramid``)."""
-    place: Tensor
-    """[B, G, E] int32, the inverse map: where each of the pyramid's E entries stands in the sequence, or −1."""
+    inverse_map: Tensor
+    """[B, G, E] int32: the slot, 0 … S − 1, in which each of the pyramid's E entries stands here, or −1."""
 
     def last_positions(self, pooling_factor: int) -> Tensor:
         """[B, G, S] int64, the last position that each entry covers: (i + 1)·p^ℓ − 1, ascending."""
@@ -42,7 +45,8 @@ def select(
     config: LighthouseConfig,
     *,
     value: Tensor | None = None,
-    cover_every: int = 1,
+    starts_every: int = 1,
+    backend: ResolvedBackend | None = None,
 ) -> Selection:
     """Score the pyramid and keep its most important entries.
 
@@ -51,61 +55,58 @@ def select(
         key: [B, G, N, D] with G dividing H; one selection per key/value head, shared by its query heads.
         config: valid for N.
         value: [B, G, N, D], needed by the ``dilated`` and ``gla`` scorers only.
-        cover_every: ``config.cover_start`` holds for every ``cover_every``-th sequence of the batch, 0 for none: chunks
-            of one sequence may stand in the batch, and only the first needs it (section 7).
+        starts_every: every ``starts_every``-th sequence of the batch, the first included, is the start of a sequence;
+            0: none is. The others are later chunks of one (docs/method.md, section 8), to which ``config.cover_start``
+            does not apply.
+        backend: what ``config.resolve_backend`` returned, from callers that have asked it already.
 
     Returns:
         The selection, which carries no gradient. Equal scores: the lower index wins.
 
     Raises:
-        ValueError: for shapes that do not fit together, an invalid geometry, or a missing ``value``.
+        ValueError: for shapes that do not fit together, an invalid geometry, a missing ``value``, or a backend that is
+            not available.
     """
     check_shapes(query, key, value)
     seq_len = query.shape[2]
     config.validate(seq_len)
     if value is None and config.scorer != "norm":
         raise ValueError(f"scorer={config.scorer!r} needs the value tensor: call select(..., value=value)")
+    backend = backend or config.resolve_backend(query.device.type)
+    starts_every = starts_every if config.cover_start else 0
     # Scores stay in float32 whatever precision autocast would choose.
-    cover_every = cover_every if config.cover_start else 0
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-        if config.resolve_backend(query.device.type) == "triton":
-            return _select_by_kernels(query, key, value, config, cover_every)
-        scores = SCORERS[config.scorer](query, key, value, config)
+        if backend == "triton":
+            return _select_by_kernels(query, key, value, config, starts_every)
+        query_score, key_score = SCORERS[config.scorer](query, key, value, config)
         if config.delay_scores:
-            scores = [_delayed(score, config) for score in scores]
-        candidates = _select_candidates(*scores, config, cover_every)
+            query_score, key_score = _delayed(query_score, config), _delayed(key_score, config)
+        candidates = _select_candidates(query_score, key_score, config, starts_every)
         return _in_causal_order(candidates, seq_len, config)
 
 
 def _select_by_kernels(
-    query: Tensor, key: Tensor, value: Tensor | None, config: LighthouseConfig, cover_every: int
+    query: Tensor, key: Tensor, value: Tensor | None, config: LighthouseConfig, starts_every: int
 ) -> Selection:
-    num_levels, p = config.num_levels, config.pooling_factor
+    kernels, num_levels, p = load_kernels(), config.num_levels, config.pooling_factor
     if config.scorer == "norm":
-        scores = kernels().norm_scores(query, key, p)
+        scores = kernels.norm_scores(query, key, p)
     else:
         scores = [pool_scores(score, 2, p)[1] for score in SCORERS[config.scorer](query, key, value, config)]
     if config.delay_scores:
-        scores = [_delayed(score, config, pooled=1) for score in scores]
-    parents = kernels().pick_parents(*scores, num_levels, p, config.num_tiles, cover_every)
-    return Selection(*kernels().order_entries(parents, query.shape[2], num_levels, p))
+        scores = [_delayed(score, config, level=1) for score in scores]
+    parents = kernels.pick_parents(*scores, num_levels, p, config.num_tiles, starts_every)
+    return Selection(*kernels.order_entries(parents, query.shape[2], num_levels, p))
 
 
-def _delayed(score: Tensor, config: LighthouseConfig, pooled: int = 0) -> Tensor:
-    """Scores of level ``pooled``, [B, G, n], moved one coarsest window later in their tile; 0, the lowest, fills up.
+def _delayed(score: Tensor, config: LighthouseConfig, level: int = 0) -> Tensor:
+    """Scores of ``level``, [B, G, n], moved one coarsest window later in their tile (docs/method.md, section 10.2).
 
-    Within the tile, so that a chunk of the sequence needs nothing of the one before it (section 7).
+    The first window of a tile gets 0, the lowest score: so a chunk of the sequence needs nothing of the one before it.
     """
-    window = config.pooling_factor ** (config.num_levels - 1 - pooled)
+    window = config.pooling_factor ** (config.num_levels - 1 - level)
     tiles = score.unflatten(-1, (config.num_tiles, -1))
     return F.pad(tiles[..., :-window], (window, 0)).flatten(-2)
-
-
-def kernels() -> ModuleType:
-    """The Triton twins, imported where they are used: the plain path must run without Triton."""
-    import lighthouse.kernels
-
-    return lighthouse.kernels
 
 
 def check_shapes(query: Tensor, key: Tensor, value: Tensor | None) -> None:
@@ -125,12 +126,13 @@ def check_shapes(query: Tensor, key: Tensor, value: Tensor | None) -> None:
 
 
 def _select_candidates(
-    query_score: Tensor, key_score: Tensor, config: LighthouseConfig, cover_every: int
+    query_score: Tensor, key_score: Tensor, config: LighthouseConfig, starts_every: int
 ) -> list[Tensor]:
     """Descend from the coarsest level; at every level the candidates are the children of the parents above.
 
     Args:
         query_score, key_score: [B, G, N].
+        starts_every: as in ``select``, and 0 where ``cover_start`` is off.
 
     Returns:
         The selected indices of each level, finest first, each [B, G, T·C_ℓ] int64: every candidate is selected.
@@ -144,13 +146,13 @@ def _select_candidates(
     selected = [candidates.flatten(2)]
     children = torch.arange(p, device=query_score.device)
     for level in range(num_levels - 1, 0, -1):
-        parents = _pick_parents(query_levels[level], key_levels[level], candidates, cover_every)
+        parents = _pick_parents(query_levels[level], key_levels[level], candidates, starts_every)
         candidates = (parents[..., None] * p + children).flatten(-2)  # [B, G, T, p·m], ascending
         selected.append(candidates.flatten(2))
     return selected[::-1]
 
 
-def _pick_parents(query_score: Tensor, key_score: Tensor, candidates: Tensor, cover_every: int) -> Tensor:
+def _pick_parents(query_score: Tensor, key_score: Tensor, candidates: Tensor, starts_every: int) -> Tensor:
     """A ∪ B: of each tile's candidates the m/2 highest by query score, then of the rest the m/2 highest by key score.
 
     Args:
@@ -161,10 +163,10 @@ def _pick_parents(query_score: Tensor, key_score: Tensor, candidates: Tensor, co
         [B, G, T, m] int64, ascending.
     """
     by_query, by_key = (_take(score, candidates) for score in (query_score, key_score))
-    if cover_every:
-        # Window 0, if it is here at all, is the first candidate of the first tile.
-        covered = (torch.arange(len(candidates), device=candidates.device) % cover_every == 0)[:, None, None, None]
-        by_query = torch.where((candidates == 0) & covered, math.inf, by_query)
+    if starts_every:
+        # cover_start (docs/method.md, section 10.1): window 0 counts as the highest query score.
+        is_start = (torch.arange(len(candidates), device=candidates.device) % starts_every == 0)[:, None, None, None]
+        by_query = torch.where((candidates == 0) & is_start, math.inf, by_query)
     chosen_by_query = _highest(by_query, PARENTS_PER_TILE // 2)
     by_key = by_key.scatter(-1, chosen_by_query, -math.inf)
     chosen = torch.cat([chosen_by_query, _highest(by_key, PARENTS_PER_TILE // 2)], dim=-1)
@@ -182,10 +184,10 @@ def _take(score: Tensor, index: Tensor) -> Tensor:
 
 
 def _in_causal_order(candidates: list[Tensor], seq_len: int, config: LighthouseConfig) -> Selection:
-    """Sort by (last covered position, level) and invert.
+    """Sort by (last covered position, level), finer first, and invert (docs/method.md, section 4).
 
-    A window and its ancestors may end at the same position, then the finer comes first: a nested entry always
-    precedes the entry that contains it.
+    A window and its ancestors may end at the same position. The finer one comes first there, so that a nested entry
+    always precedes the entry that contains it.
     """
     p, num_levels = config.pooling_factor, config.num_levels
     offsets = level_offsets(seq_len, num_levels, p)
@@ -195,11 +197,11 @@ def _in_causal_order(candidates: list[Tensor], seq_len: int, config: LighthouseC
 
     order = torch.cat(rank, dim=-1).argsort(dim=-1)
     level, index, entry = (torch.cat(x, dim=-1).gather(-1, order) for x in (levels, candidates, entries))
-    places = torch.arange(entry.shape[-1], device=entry.device, dtype=torch.int32).expand(entry.shape)
-    place = torch.full((*entry.shape[:2], offsets[-1]), -1, device=entry.device, dtype=torch.int32)
+    slots = torch.arange(entry.shape[-1], device=entry.device, dtype=torch.int32).expand(entry.shape)
+    inverse_map = torch.full((*entry.shape[:2], offsets[-1]), -1, device=entry.device, dtype=torch.int32)
     return Selection(
         level=level.to(torch.int8),
         index=index.to(torch.int32),
         entry=entry.to(torch.int32),
-        place=place.scatter(-1, entry, places),
+        inverse_map=inverse_map.scatter(-1, entry, slots),
     )

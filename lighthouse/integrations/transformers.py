@@ -123,7 +123,7 @@ def attention_forward(
     return output.transpose(1, 2).contiguous(), None
 
 
-def no_mask(*, mask_function: Callable, attention_mask: Tensor | None, **kwargs: Any) -> None:
+def no_mask(*, mask_function: Callable[..., Any], attention_mask: Tensor | None, **kwargs: Any) -> None:
     """The mask of a forward pass, made once for all its layers: none, or an error if one would be needed.
 
     Transformers recognises packed documents by their ``position_ids``, and only where there is neither a mask nor a
@@ -159,5 +159,5 @@ def _short(value: Any) -> str:
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
-def _is_ours(function: Callable) -> bool:
+def _is_ours(function: Callable[..., Any]) -> bool:
     return isinstance(function, partial) and function.func is attention_forward

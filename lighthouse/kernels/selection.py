@@ -1,11 +1,12 @@
-"""Stratified selection and causal order without a sort.
+"""Stratified selection and causal order without a sort (docs/method.md, sections 3 and 4).
 
-Specification: ``lighthouse.selection._select_candidates`` and ``_in_causal_order``.
+Specification: ``lighthouse.selection._select_candidates`` for ``pick_parents``, which starts from the scores of level 1
+and returns the parents instead of their children; ``lighthouse.selection._in_causal_order`` for ``order_entries``.
 
-``pick_parents`` runs one program a tile: at every level it finds the 64th highest score from the highest bits down
-(scores are not negative, so their bits order as they do), takes what is above it and the first of what equals it.
-``order_entries`` gives every selected entry its place on its own: a count of the selected entries before it, level by
-level, and those are the children of parents, whose sorted list a binary search counts.
+``pick_parents`` runs one program per tile. At every level it finds the 64th highest score, from the highest bits down
+(scores are not negative, so their bits order as they do), and takes what is above it and the first of what equals it.
+``order_entries`` computes the slot of every selected entry by itself: the number of selected entries before it. These
+are counted level by level, as children of parents, by a binary search in the sorted list of parents.
 """
 
 import torch
@@ -27,7 +28,7 @@ def _highest(bits, COUNT: tl.constexpr, NUM_BITS: tl.constexpr):
     """Which of ``bits`` (order-preserving integers, negative where absent) are the COUNT highest; ties: the first."""
     threshold = tl.max(bits * 0, axis=0)
     one = threshold + 1
-    # Two bits a round: the counts of three thresholds travel through one reduction.
+    # Two bits per round: the counts of three thresholds travel through one reduction.
     for i in range(NUM_BITS // 2):
         shift = NUM_BITS - 2 - 2 * i
         low = (bits >= (threshold | (one << shift))).to(tl.int64)
@@ -60,13 +61,13 @@ def _window_max(score, index, valid, width, BITS: tl.constexpr):
 
 @triton.jit
 def _pick(
-    query_score, key_score, index, valid, width, parents, covered,
+    query_score, key_score, index, valid, width, parents, cover_start,
     BITS: tl.constexpr, NUM_BITS: tl.constexpr, INFINITY_BITS: tl.constexpr,
 ):  # fmt: skip
-    """Store the m parents among the candidates ``index`` (ascending), ascending."""
+    """Store the m parents among the candidates ``index``, both ascending. ``cover_start``: window 0 is one of them."""
     query_bits = _window_max(query_score, index, valid, width, BITS)
     key_bits = _window_max(key_score, index, valid, width, BITS)
-    query_bits = tl.where((index == 0) & valid & covered, tl.maximum(query_bits, INFINITY_BITS), query_bits)
+    query_bits = tl.where((index == 0) & valid & cover_start, tl.maximum(query_bits, INFINITY_BITS), query_bits)
     by_query = _highest(query_bits, _M // 2, NUM_BITS)
     by_key = _highest(tl.where(by_query, -1, key_bits), _M // 2, NUM_BITS)
     chosen = by_query | by_key
@@ -76,13 +77,13 @@ def _pick(
 
 @triton.jit
 def _pick_parents_kernel(
-    query_score, key_score, parents, groups, tiles, per_tile, length, cover_every,
+    query_score, key_score, parents, groups, tiles, per_tile, length, starts_every,
     NUM_LEVELS: tl.constexpr, FACTOR: tl.constexpr, LOG_FACTOR: tl.constexpr, COARSEST: tl.constexpr,
     BITS: tl.constexpr, NUM_BITS: tl.constexpr, INFINITY_BITS: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0) % tiles
     bg = (tl.program_id(0) // tiles).to(tl.int64)
-    covered = (cover_every > 0) & (bg // groups % tl.maximum(cover_every, 1) == 0)
+    cover_start = (starts_every > 0) & (bg // groups % tl.maximum(starts_every, 1) == 0)
     query_score += bg * length
     key_score += bg * length
     parents += (bg * tiles + tile) * (NUM_LEVELS - 1) * _M  # a tile's lists, level 1's first
@@ -92,7 +93,7 @@ def _pick_parents_kernel(
     index = tile * per_tile + offset
     width = 1 << (LOG_FACTOR * (NUM_LEVELS - 2))
     _pick(
-        query_score, key_score, index, valid, width, parents + (NUM_LEVELS - 2) * _M, covered,
+        query_score, key_score, index, valid, width, parents + (NUM_LEVELS - 2) * _M, cover_start,
         BITS, NUM_BITS, INFINITY_BITS,
     )  # fmt: skip
     for step in tl.static_range(1, NUM_LEVELS - 1):
@@ -103,17 +104,17 @@ def _pick_parents_kernel(
         width = 1 << (LOG_FACTOR * (NUM_LEVELS - 2 - step))
         _pick(
             query_score, key_score, children, children >= 0, width, parents + (NUM_LEVELS - 2 - step) * _M,
-            covered, BITS, NUM_BITS, INFINITY_BITS,
+            cover_start, BITS, NUM_BITS, INFINITY_BITS,
         )  # fmt: skip
 
 
 @torch.library.custom_op("lighthouse::pick_parents", mutates_args=())
 def pick_parents(
-    query_score: Tensor, key_score: Tensor, num_levels: int, pooling_factor: int, num_tiles: int, cover_every: int
+    query_score: Tensor, key_score: Tensor, num_levels: int, pooling_factor: int, num_tiles: int, starts_every: int
 ) -> Tensor:
     """Scores of level 1, [B, G, N/p], to the parents of every level above 0: [B, G, T, L−1, m] int32, ascending.
 
-    ``cover_every`` as in ``lighthouse.select``.
+    ``starts_every``: as in ``lighthouse.select``, and 0 where ``cover_start`` is off (docs/method.md, section 10.1).
     """
     parents = _empty_parents(query_score, num_levels, num_tiles)
     batch, groups, length = query_score.shape
@@ -122,7 +123,7 @@ def pick_parents(
     infinity = 0x7FF0000000000000 if double else 0x7F800000
     coarsest = padded(per_tile)
     _pick_parents_kernel[(batch * groups * num_tiles,)](
-        query_score.contiguous(), key_score.contiguous(), parents, groups, num_tiles, per_tile, length, cover_every,
+        query_score.contiguous(), key_score.contiguous(), parents, groups, num_tiles, per_tile, length, starts_every,
         NUM_LEVELS=num_levels, FACTOR=pooling_factor, LOG_FACTOR=log2(pooling_factor), COARSEST=coarsest,
         BITS=tl.int64 if double else tl.int32, NUM_BITS=63 if double else 31,
         INFINITY_BITS=infinity,
@@ -138,7 +139,7 @@ def _empty_parents(score: Tensor, num_levels: int, num_tiles: int) -> Tensor:
 
 @pick_parents.register_fake
 def _(
-    query_score: Tensor, key_score: Tensor, num_levels: int, pooling_factor: int, num_tiles: int, cover_every: int
+    query_score: Tensor, key_score: Tensor, num_levels: int, pooling_factor: int, num_tiles: int, starts_every: int
 ) -> Tensor:
     return _empty_parents(query_score, num_levels, num_tiles)
 
@@ -161,11 +162,11 @@ def _contains(list_, at, value, mask):
 
 @triton.jit
 def _order_kernel(
-    parents, level_out, index_out, entry_out, place_out,
+    parents, level_out, index_out, entry_out, inverse_map,
     seq_len, blocks, tiles, per_tile, selected, num_entries,
-    NUM_LEVELS: tl.constexpr, FACTOR: tl.constexpr, LOG_FACTOR: tl.constexpr, BLOCK: tl.constexpr,
+    NUM_LEVELS: tl.constexpr, FACTOR: tl.constexpr, LOG_FACTOR: tl.constexpr, BLOCK_ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """Place the selected entries of one level and tile; the caller has filled ``place_out`` with −1."""
+    """Put the selected entries of one level and tile into their slots; ``inverse_map`` comes filled with −1."""
     block = tl.program_id(0) % blocks
     tile = tl.program_id(0) // blocks % tiles
     bg = (tl.program_id(0) // blocks // tiles).to(tl.int64)
@@ -173,14 +174,14 @@ def _order_kernel(
     coarsest = level == NUM_LEVELS - 1
     lists = parents + (bg * tiles + tile) * (NUM_LEVELS - 1) * _M
 
-    slot = block * BLOCK + tl.arange(0, BLOCK)  # which one of its level, in this tile
-    inside = slot < tl.where(coarsest, per_tile, _M * FACTOR)
-    parent = tl.load(lists + level * _M + (slot >> LOG_FACTOR), mask=inside & (level < NUM_LEVELS - 1), other=0)
-    index = tl.where(coarsest, tile * per_tile + slot, parent * FACTOR + (slot & (FACTOR - 1)))
+    candidate = block * BLOCK_ENTRIES + tl.arange(0, BLOCK_ENTRIES)  # which one of its level, in this tile
+    inside = candidate < tl.where(coarsest, per_tile, _M * FACTOR)
+    parent = tl.load(lists + level * _M + (candidate >> LOG_FACTOR), mask=inside & (level < NUM_LEVELS - 1), other=0)
+    index = tl.where(coarsest, tile * per_tile + candidate, parent * FACTOR + (candidate & (FACTOR - 1)))
 
     # Entries before this one in the order, level by level.
     end = (index + 1) << (LOG_FACTOR * level)
-    place = tile * (selected // tiles) + slot
+    slot = tile * (selected // tiles) + candidate
     offset = 0
     for other in tl.static_range(NUM_LEVELS):
         # At finer levels, entries that end no later; at coarser ones, those that end before.
@@ -193,10 +194,10 @@ def _order_kernel(
             part = _contains(lists + other * _M, at, whole, inside)
             count = at * FACTOR + tl.where(part, before & (FACTOR - 1), 0)
             offset += tl.where(other < level, seq_len >> (LOG_FACTOR * other), 0)
-        place += tl.where(other == level, 0, count)
+        slot += tl.where(other == level, 0, count)
 
-    tl.store(place_out + bg * num_entries + offset + index, place, mask=inside)
-    to = bg * selected + place
+    tl.store(inverse_map + bg * num_entries + offset + index, slot, mask=inside)
+    to = bg * selected + slot
     tl.store(level_out + to, (index * 0 + level).to(tl.int8), mask=inside)
     tl.store(index_out + to, index, mask=inside)
     tl.store(entry_out + to, offset + index, mask=inside)
@@ -206,17 +207,18 @@ def _order_kernel(
 def order_entries(
     parents: Tensor, seq_len: int, num_levels: int, pooling_factor: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Parents, [B, G, T, L−1, m], to the fields of ``lighthouse.Selection``: level, index, entry and place."""
-    outputs = _empty_selection(parents, seq_len, num_levels, pooling_factor)
+    """Parents, [B, G, T, L−1, m], to the fields of ``lighthouse.Selection``: level, index, entry and inverse_map."""
+    level, index, entry, inverse_map = _empty_selection(parents, seq_len, num_levels, pooling_factor)
+    inverse_map.fill_(-1)
     batch, groups, tiles = parents.shape[:3]
     per_tile = level_lengths(seq_len, num_levels, pooling_factor)[-1] // tiles
-    outputs[3].fill_(-1)
     blocks = triton.cdiv(max(per_tile, PARENTS_PER_TILE * pooling_factor), BLOCK_ENTRIES)
     _order_kernel[(blocks * tiles * batch * groups, num_levels)](
-        parents.contiguous(), *outputs, seq_len, blocks, tiles, per_tile, outputs[0].shape[-1], outputs[3].shape[-1],
-        NUM_LEVELS=num_levels, FACTOR=pooling_factor, LOG_FACTOR=log2(pooling_factor), BLOCK=BLOCK_ENTRIES,
+        parents.contiguous(), level, index, entry, inverse_map,
+        seq_len, blocks, tiles, per_tile, entry.shape[-1], inverse_map.shape[-1],
+        NUM_LEVELS=num_levels, FACTOR=pooling_factor, LOG_FACTOR=log2(pooling_factor), BLOCK_ENTRIES=BLOCK_ENTRIES,
     )  # fmt: skip
-    return outputs
+    return level, index, entry, inverse_map
 
 
 def _empty_selection(
@@ -226,14 +228,11 @@ def _empty_selection(
     coarsest = level_lengths(seq_len, num_levels, pooling_factor)[-1]
     selected = coarsest + (num_levels - 1) * pooling_factor * tiles * PARENTS_PER_TILE
     entries = level_offsets(seq_len, num_levels, pooling_factor)[-1]
-    return tuple(
-        parents.new_empty(batch, groups, size, dtype=dtype)
-        for size, dtype in (
-            (selected, torch.int8),
-            (selected, torch.int32),
-            (selected, torch.int32),
-            (entries, torch.int32),
-        )
+    return (
+        parents.new_empty(batch, groups, selected, dtype=torch.int8),
+        parents.new_empty(batch, groups, selected, dtype=torch.int32),
+        parents.new_empty(batch, groups, selected, dtype=torch.int32),
+        parents.new_empty(batch, groups, entries, dtype=torch.int32),
     )
 
 

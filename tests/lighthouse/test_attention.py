@@ -6,18 +6,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import attend_naively
-from test_selection import GEOMETRIES, entries, make, random_rows
 
+from helpers.cases import GEOMETRIES, entries, make, qkv, random_rows, run
+from helpers.reference import attend_naively
 from lighthouse import LighthouseAttention, LighthouseConfig, attend_selected, lighthouse_attention, select
-from lighthouse.attention import pool_and_gather, scatter_back
+from lighthouse.attention import gather, scatter
 
 HALF = (torch.bfloat16, torch.float16)
-
-
-def qkv(seq_len, heads=2, groups=None, head_dim=16, batch=1, dtype=torch.float64, device="cpu"):
-    shapes = [(batch, heads, seq_len, head_dim), *[(batch, groups or heads, seq_len, head_dim)] * 2]
-    return [random_rows(*shape, seed=s, dtype=dtype, device=device) for s, shape in enumerate(shapes)]
 
 
 def reference(query, key, value, selection, config, turn=None):
@@ -38,14 +33,6 @@ def reference(query, key, value, selection, config, turn=None):
             for b in range(batch)
         ]
     )  # fmt: skip
-
-
-def run(query, key, value, config, grad, attention=lighthouse_attention):
-    """Output and the three gradients."""
-    leaves = [x.detach().clone().requires_grad_() for x in (query, key, value)]
-    output = attention(*leaves, config)
-    output.backward(grad)
-    return [output.detach(), *(x.grad for x in leaves)]
 
 
 @pytest.mark.parametrize("groups", [None, 1, 2])
@@ -236,8 +223,8 @@ def test_low_precision_rounds_once(dtype, on):
         return out.detach(), x.grad
 
     cases = {
-        "gather": (lambda x: pool_and_gather(x, selection, config), rows, short),
-        "scatter": (lambda x: scatter_back(x, selection, seq_len, config), short, rows),
+        "gather": (lambda x: gather(x, selection, config, on["backend"]), rows, short),
+        "scatter": (lambda x: scatter(x, selection, seq_len, config, on["backend"]), short, rows),
     }
     for name, (function, x, grad) in cases.items():
         exact = both(function, x.double(), grad)
@@ -344,6 +331,37 @@ def test_the_inner_attention_is_the_one_that_is_given():
         assert not output.any()
         selected = config.selected_length(seq_len)
         assert seen.pop() == ((1, 4, selected, 16), (1, groups, selected, 16), kwargs)
+
+
+@pytest.mark.parametrize("rotate", [None, lambda rows, position: rows], ids=["published", "rotate"])
+def test_the_backend_is_resolved_once_per_forward(rotate, monkeypatch, on):
+    config, seq_len = make(1024, 3, 2, 128, backend=on["backend"])
+    resolve, resolved = LighthouseConfig.resolve_backend, []
+
+    def spy(config, device_type):
+        resolved.append(resolve(config, device_type))
+        return resolved[-1]
+
+    monkeypatch.setattr(LighthouseConfig, "resolve_backend", spy)
+    lighthouse_attention(*qkv(seq_len, device=on["device"]), config, rotate=rotate)
+    assert resolved == [on["backend"]]
+
+
+def test_a_backend_that_is_passed_on_is_the_one_that_runs(monkeypatch):
+    """Without one, ``select`` and ``attend_selected`` resolve it themselves."""
+    config, seq_len = make(1024, 3, 2, 128, backend="torch")
+    query, key, value = qkv(seq_len)
+    monkeypatch.setattr("lighthouse.selection._select_by_kernels", lambda *_: "kernels")
+    assert select(query, key, config, backend="triton") == "kernels"
+    selection = select(query, key, config)
+    expected = attend_selected(query, key, value, selection, config)
+    monkeypatch.setattr("lighthouse.config.INTERPRETED", False)
+    refused = replace(config, backend="triton")
+    assert torch.equal(attend_selected(query, key, value, selection, refused, backend="torch"), expected)
+    with pytest.raises(ValueError, match="'triton' is not available"):
+        attend_selected(query, key, value, selection, refused)
+    with pytest.raises(ValueError, match="'triton' is not available"):
+        select(query, key, refused)
 
 
 def test_inputs_that_do_not_fit_are_refused():

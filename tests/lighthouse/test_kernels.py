@@ -7,10 +7,10 @@ from functools import partial
 
 import pytest
 import torch
-from test_selection import make, random_rows
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from lighthouse import kernels, lighthouse_attention, rows, select
+from helpers.cases import make, random_rows
+from lighthouse import gather_scatter, kernels, lighthouse_attention, select
 from lighthouse.pyramid import level_lengths, pool_scores
 from lighthouse.scorers import norm_scores
 
@@ -25,7 +25,7 @@ def selection_of(geometry, groups=1, batch=1):
     config, seq_len = make(*geometry, backend="torch")
     query, key = (random_rows(batch, groups, seq_len, 2, seed=s) for s in (0, 1))
     chosen = select(query, key, config)
-    return config, seq_len, *(x.to(DEVICE) for x in (chosen.entry, chosen.place))
+    return config, seq_len, *(x.to(DEVICE) for x in (chosen.entry, chosen.inverse_map))
 
 
 def error_allowed(exact, magnitude, dtype):
@@ -45,57 +45,59 @@ def error_allowed(exact, magnitude, dtype):
 )  # fmt: skip
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_rows_move_as_in_plain_torch(geometry, dtype, head_dim):
-    """Both kernels, both shifts, means and sums; grouped heads; [B, N, H, D] in memory."""
+    """All four operators; grouped heads; [B, N, H, D] in memory."""
     if INTERPRETED:  # slow: the other dtypes on the smaller geometries only, and rows just long enough to be masked
         if (geometry[0] > 2048 and dtype != torch.float32) or head_dim in (64, 128, 256):
             pytest.skip("on a GPU only")
         head_dim = min(head_dim, 12)
-    config, seq_len, entry, place = selection_of(geometry, groups=2)
-    levels, p, selected = config.num_levels, config.pooling_factor, entry.shape[-1]
+    config, seq_len, entry, inverse_map = selection_of(geometry, groups=2)
+    shape, selected = (config.num_levels, config.pooling_factor), entry.shape[-1]
     long = random_rows(1, seq_len, 4, head_dim, seed=2, dtype=dtype, device=DEVICE).transpose(1, 2)
     short = random_rows(1, selected, 4, head_dim, seed=3, dtype=dtype, device=DEVICE).transpose(1, 2)
-    for shift, mean in ((0, True), (1, False)):
-        how = (levels, p, shift, mean)
-        for ours, exact, magnitude in (
-            (
-                kernels.pool_rows(long, entry, place, *how),
-                rows.pool_rows(long.double(), entry, place, *how),
-                rows.pool_rows(long.double().abs(), entry, place, *how),
-            ),
-            (
-                kernels.spread_rows(short, entry, place, seq_len, *how),
-                rows.spread_rows(short.double(), entry, place, seq_len, *how),
-                rows.spread_rows(short.double().abs(), entry, place, seq_len, *how),
-            ),
-        ):
-            assert ours.dtype == dtype
-            assert ((ours.double() - exact).abs() <= error_allowed(exact, magnitude, dtype)).all()
+    for name, rows, arguments in (
+        ("gather", long, (entry, inverse_map, *shape)),
+        ("gather_backward", short, (inverse_map, seq_len, *shape)),
+        ("scatter", short, (entry, inverse_map, seq_len, *shape)),
+        ("scatter_backward", long, (entry, inverse_map, *shape)),
+    ):
+        plain = getattr(gather_scatter, name)
+        ours = getattr(kernels, name)(rows, *arguments)
+        exact, magnitude = plain(rows.double(), *arguments), plain(rows.double().abs(), *arguments)
+        assert ours.dtype == dtype, name
+        assert ((ours.double() - exact).abs() <= error_allowed(exact, magnitude, dtype)).all(), name
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_pool_and_spread_are_each_others_transpose(geometry):
-    """⟨pool(x), y⟩ = ⟨x, spread(y)⟩ in float64."""
-    config, seq_len, entry, place = selection_of(geometry)
+def test_every_backward_is_the_transpose_of_its_forward(geometry):
+    """⟨gather(x), y⟩ = ⟨x, gather_backward(y)⟩ in float64, and so for scatter."""
+    config, seq_len, entry, inverse_map = selection_of(geometry)
+    shape = (config.num_levels, config.pooling_factor)
     long = random_rows(1, 1, seq_len, 4, seed=2, dtype=torch.float64, device=DEVICE)
     short = random_rows(1, 1, entry.shape[-1], 4, seed=3, dtype=torch.float64, device=DEVICE)
-    for shift, mean in ((0, True), (1, False)):
-        how = (config.num_levels, config.pooling_factor, shift, mean)
-        pooled = kernels.pool_rows(long, entry, place, *how)
-        spread = kernels.spread_rows(short, entry, place, seq_len, *how)
-        torch.testing.assert_close((pooled * short).sum(), (long * spread).sum(), rtol=1e-10, atol=1e-8)
+    for forward, x, backward, y in (
+        (
+            kernels.gather(long, entry, inverse_map, *shape), long,
+            kernels.gather_backward(short, inverse_map, seq_len, *shape), short,
+        ),
+        (
+            kernels.scatter(short, entry, inverse_map, seq_len, *shape), short,
+            kernels.scatter_backward(long, entry, inverse_map, *shape), long,
+        ),
+    ):  # fmt: skip
+        torch.testing.assert_close((forward * y).sum(), (x * backward).sum(), rtol=1e-10, atol=1e-8)
 
 
 @pytest.mark.parametrize(("dtype", "head_dim"), [(torch.float32, 20), (torch.bfloat16, 64), (torch.float64, 8)])
-@pytest.mark.parametrize("factor", [2, 4, 8, 16])
-def test_scores(factor, dtype, head_dim):
+@pytest.mark.parametrize("pooling_factor", [2, 4, 8, 16])
+def test_scores(pooling_factor, dtype, head_dim):
     query = random_rows(2, 1024, 6, head_dim, dtype=dtype, device=DEVICE).transpose(1, 2)
     key = random_rows(2, 1024, 2, head_dim, seed=1, dtype=dtype, device=DEVICE).transpose(1, 2)
-    config, _ = make(1024, 2, factor, 128)
+    config, _ = make(1024, 2, pooling_factor, 128)
     exact = norm_scores(query.double(), key.double(), None, config)
     # A sum of head_dim squares and a root in float32.
     rtol = head_dim * (2**-53 if dtype == torch.float64 else 2**-24)
-    for ours, want in zip(kernels.norm_scores(query, key, factor), exact, strict=True):
-        torch.testing.assert_close(ours.double(), pool_scores(want, 2, factor)[1], rtol=rtol, atol=0)
+    for ours, want in zip(kernels.norm_scores(query, key, pooling_factor), exact, strict=True):
+        torch.testing.assert_close(ours.double(), pool_scores(want, 2, pooling_factor)[1], rtol=rtol, atol=0)
 
 
 def test_a_very_wide_tile_still_finds_its_parents():
@@ -110,19 +112,21 @@ def test_a_very_wide_tile_still_finds_its_parents():
 
 def test_operators_are_registered_properly():
     """Fake implementations agree with the real ones in shape, dtype and strides; nothing is aliased or mutated."""
-    config, seq_len, entry, place = selection_of((1024, 2, 4, 256), groups=2)
-    how = (config.num_levels, config.pooling_factor)
+    config, seq_len, entry, inverse_map = selection_of((1024, 2, 4, 256), groups=2)
+    shape = (config.num_levels, config.pooling_factor)
     query = random_rows(1, seq_len, 4, 8, device=DEVICE).transpose(1, 2)
     key = random_rows(1, seq_len, 2, 8, seed=1, device=DEVICE).transpose(1, 2)
     short = random_rows(1, 4, entry.shape[-1], 8, device=DEVICE)
     scores = kernels.norm_scores(query, key, config.pooling_factor)
-    parents = kernels.pick_parents(*scores, *how, config.num_tiles, 1)
+    parents = kernels.pick_parents(*scores, *shape, config.num_tiles, 1)
     for operator, arguments in (
         (kernels.norm_scores, (query, key, config.pooling_factor)),
-        (kernels.pick_parents, (*scores, *how, config.num_tiles, 1)),
-        (kernels.order_entries, (parents, seq_len, *how)),
-        (kernels.pool_rows, (query.clone().requires_grad_(), entry, place, *how, 0, True)),
-        (kernels.spread_rows, (short.clone().requires_grad_(), entry, place, seq_len, *how, 1, False)),
+        (kernels.pick_parents, (*scores, *shape, config.num_tiles, 1)),
+        (kernels.order_entries, (parents, seq_len, *shape)),
+        (kernels.gather, (query.clone().requires_grad_(), entry, inverse_map, *shape)),
+        (kernels.gather_backward, (short, inverse_map, seq_len, *shape)),
+        (kernels.scatter, (short.clone().requires_grad_(), entry, inverse_map, seq_len, *shape)),
+        (kernels.scatter_backward, (query, entry, inverse_map, *shape)),
     ):
         torch.library.opcheck(operator, arguments)
 
@@ -136,13 +140,14 @@ def test_offsets_past_32_bits():
     assert long.numel() > 2**31
     chosen = select(long, long, config)
     assert chosen.entry.shape[-1] == 65536
-    how = (config.num_levels, config.pooling_factor)
-    pooled = kernels.pool_rows(long, chosen.entry, chosen.place, *how, 0, True)
-    last = rows.pool_rows(long[:, -1:], chosen.entry[:, -1:], chosen.place[:, -1:], *how, 0, True)
-    torch.testing.assert_close(pooled[:, -1:], last, rtol=torch.finfo(torch.bfloat16).eps, atol=1e-6)
-    spread = kernels.spread_rows(pooled, chosen.entry, chosen.place, seq_len, *how, 1, False)
-    last = rows.spread_rows(pooled[:, -1:], chosen.entry[:, -1:], chosen.place[:, -1:], seq_len, *how, 1, False)
-    torch.testing.assert_close(spread[:, -1:], last, rtol=torch.finfo(torch.bfloat16).eps, atol=1e-6)
+    shape, maps = (config.num_levels, config.pooling_factor), (chosen.entry, chosen.inverse_map)
+    last_maps = [x[:, -1:] for x in maps]
+    gathered = kernels.gather(long, *maps, *shape)
+    last = gather_scatter.gather(long[:, -1:], *last_maps, *shape)
+    torch.testing.assert_close(gathered[:, -1:], last, rtol=torch.finfo(torch.bfloat16).eps, atol=1e-6)
+    scattered = kernels.scatter(gathered, *maps, seq_len, *shape)
+    last = gather_scatter.scatter(gathered[:, -1:], *last_maps, seq_len, *shape)
+    torch.testing.assert_close(scattered[:, -1:], last, rtol=torch.finfo(torch.bfloat16).eps, atol=1e-6)
 
 
 @pytest.mark.gpu

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_selection import random_rows
 
+from helpers.cases import random_rows
 from lighthouse import LighthouseConfig
 from lighthouse.scorers import GLA_LOG_GATE, SCORERS
 

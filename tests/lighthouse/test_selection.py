@@ -1,33 +1,10 @@
 import pytest
 import torch
-from reference import select_naively
 
+from helpers.cases import GEOMETRIES, entries, make, random_rows
+from helpers.reference import select_naively
 from lighthouse import LighthouseConfig, select
 from lighthouse.pyramid import level_offsets
-
-GEOMETRIES = [
-    # seq_len, num_levels, pooling_factor, top_k
-    (1024, 2, 4, 128),
-    (1024, 3, 2, 128),
-    (2048, 3, 2, 256),
-    (2048, 2, 8, 128),
-    (4096, 4, 2, 256),
-    (4096, 3, 4, 128),
-    (6144, 3, 4, 384),
-    (4096, 6, 2, 128),
-]
-
-
-def make(seq_len, num_levels, pooling_factor, top_k, **more) -> tuple[LighthouseConfig, int]:
-    return LighthouseConfig(num_levels=num_levels, pooling_factor=pooling_factor, top_k=top_k, **more), seq_len
-
-
-def random_rows(*shape, seed=0, dtype=torch.float32, device="cpu"):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(device, dtype)
-
-
-def entries(selection, b, g):
-    return list(zip(selection.level[b, g].tolist(), selection.index[b, g].tolist(), strict=True))
 
 
 @pytest.mark.parametrize("cover_start", [True, False])
@@ -81,9 +58,9 @@ def test_length_order_and_inverse(geometry):
         assert len(set(chosen)) == len(chosen)
         keys = [((i + 1) * p**level - 1, level) for level, i in chosen]
         assert keys == sorted(keys)
-        place = selection.place[0, g].tolist()
-        assert [place[offsets[level] + i] for level, i in chosen] == list(range(len(chosen)))
-        assert sum(x >= 0 for x in place) == len(chosen)
+        inverse_map = selection.inverse_map[0, g].tolist()
+        assert [inverse_map[offsets[level] + i] for level, i in chosen] == list(range(len(chosen)))
+        assert sum(slot >= 0 for slot in inverse_map) == len(chosen)
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
@@ -134,7 +111,7 @@ def test_strides_and_repetition_do_not_matter(on):
     query, key = (random_rows(2, seq_len, 3, 8, seed=s, device=device).transpose(1, 2) for s in (0, 1))
     first = select(query, key, config)
     for again in (select(query.contiguous(), key.contiguous(), config), select(query, key, config)):
-        assert torch.equal(first.entry, again.entry) and torch.equal(first.place, again.place)
+        assert torch.equal(first.entry, again.entry) and torch.equal(first.inverse_map, again.inverse_map)
 
 
 @pytest.mark.parametrize("scorer", ["norm", "dilated", "gla"])

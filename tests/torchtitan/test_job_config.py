@@ -2,33 +2,15 @@ import re
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
-import torch
-from torchtitan.config import ConfigManager
 from torchtitan.experiments.lighthouse import lighthouse_args
 from torchtitan.experiments.lighthouse.job_config import check_degrees, parse_layers
-from torchtitan.protocols.train_spec import get_train_spec
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from helpers.settings import REPOSITORY, build_on_meta, model_args, parse
+
 CONFIGS = sorted((REPOSITORY / "train_configs").glob("*.toml"))
 PARAMETERS = {"530m": 530_117_632, "268m": 268_104_704, "32m": 32_451_072, "debug": 1_361_536, "debug_gqa": 1_263_232}
-
-
-def parse(config: str, *overrides: str):
-    return ConfigManager().parse_args(["--job.config_file", str(REPOSITORY / "train_configs" / config), *overrides])
-
-
-def model_args(job_config):
-    args = get_train_spec(job_config.model.name).model_args[job_config.model.flavor]
-    args.update_from_config(job_config)
-    return args
-
-
-def build_on_meta(job_config):
-    with torch.device("meta"):
-        return get_train_spec(job_config.model.name).model_cls(model_args(job_config))
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from test_model import build, tokens
 from torchtitan.components.loss import IGNORE_INDEX, cross_entropy_loss
 from torchtitan.experiments.lighthouse import loss as lighthouse_loss
 from torchtitan.experiments.lighthouse.loss import OutputProjection
+
+from helpers.model import build, tokens
 
 ROWS, DIM, VOCABULARY = 700, 48, 1000
 

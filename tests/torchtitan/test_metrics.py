@@ -1,9 +1,11 @@
 import json
 import os
 
-from launch import train
-from test_job_config import parse
-from torchtitan.experiments.lighthouse.metrics import JsonlLogger, read_metrics, wandb_environment
+from torchtitan.experiments.lighthouse.metrics import JsonlLogger, wandb_environment
+from torchtitan.experiments.lighthouse.runs.records import read_metrics
+
+from helpers.launch import train
+from helpers.settings import parse
 
 
 def train_line(loss: float) -> dict:

@@ -5,17 +5,19 @@ Loaded through ``job.custom_config_module``; torchtitan merges these dataclasses
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from torchtitan.config import job_config as upstream
-from torchtitan.experiments.lighthouse.tokenizer import BYTE_TOKENIZER_PATH
+from torchtitan.experiments.lighthouse.data.tokenizer import BYTE_TOKENIZER_PATH
 
 from lighthouse import LighthouseConfig
 
 
-@dataclass
-class Lighthouse:
+@dataclass(frozen=True, kw_only=True)
+class Lighthouse(LighthouseConfig):
+    """The library's settings, which it declares and documents, and where the model uses them."""
+
     enable: bool = False
     """Whether the layers below run Lighthouse Attention; off, every layer is upstream's dense one"""
 
@@ -25,58 +27,18 @@ class Lighthouse:
     "2-27" and "2--3" are the same in a 30-layer model. All others stay dense.
     """
 
-    num_levels: int = 3
-    """L, the levels of the pyramid, the sequence itself included"""
-
-    pooling_factor: int = 4
-    """p, how many entries of one level are averaged into one entry of the next; a power of two"""
-
-    top_k: int = 1536
-    """k, how many entries of every level are expanded into their children; a multiple of 128"""
-
-    scorer: Literal["norm", "dilated", "gla"] = "norm"
-    """What ranks the entries: norms of queries and keys, or output norms of dilated softmax or linear attention"""
-
-    dilation: int = 4
-    """The dilation of the "dilated" and "gla" scorers; must divide training.seq_len"""
-
     rope: Literal["before_pool", "after_gather"] = "before_pool"
     """
     Where Lighthouse layers apply the rotary embedding: to every query and key, as published, or to the pooled rows of
     the selected entries, each at its last position (scorer "norm" only). Dense layers do not differ.
     """
 
-    cover_start: bool = True
-    """Keep the first window of every level, so that every position receives an output"""
-
-    delay_scores: bool = False
-    """
-    Score every window by the one before it, so that the selection tells nothing about the tokens to predict; off, as
-    published, Stage 1 learns to read them from it
-    """
-
-    backend: Literal["auto", "torch", "triton"] = "auto"
-    """Which implementation runs; an explicit choice never falls back to another"""
-
     stage1_checkpoint: str = ""
     """The Stage 1 checkpoint that this dense run resumes; written by scripts/resume_dense.py, not by hand"""
 
     def attention_config(self) -> LighthouseConfig:
-        """The library's settings.
-
-        Raises:
-            ValueError: for names and values that are wrong at any sequence length.
-        """
-        return LighthouseConfig(
-            num_levels=self.num_levels,
-            pooling_factor=self.pooling_factor,
-            top_k=self.top_k,
-            scorer=self.scorer,
-            dilation=self.dilation,
-            cover_start=self.cover_start,
-            delay_scores=self.delay_scores,
-            backend=self.backend,
-        )
+        """The library's part."""
+        return LighthouseConfig(**{field.name: getattr(self, field.name) for field in fields(LighthouseConfig)})
 
 
 def parse_layers(layers: str, n_layers: int) -> tuple[int, ...]:
@@ -141,12 +103,6 @@ def check_degrees(parallelism: upstream.Parallelism, world_size: int) -> None:
         )
 
 
-def split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """A command line at its "--": a script's own arguments, and settings that it passes on to the trainer."""
-    at = arguments.index("--") if "--" in arguments else len(arguments)
-    return arguments[:at], arguments[at + 1 :]
-
-
 def without_none(config: Any) -> Any:
     """Settings as TOML can hold them: it has no None."""
     if isinstance(config, dict):
@@ -158,6 +114,12 @@ def without_none(config: Any) -> Any:
 class Job(upstream.Job):
     save_config_file: str | None = "config.json"
     """Where the merged settings are kept in the dump folder; scripts/resume_dense.py reads them from there"""
+
+
+@dataclass
+class Experimental(upstream.Experimental):
+    custom_import: str = "torchtitan.experiments.lighthouse.train_spec"
+    """The module that registers the model; upstream's own entry point imports it"""
 
 
 @dataclass
@@ -181,6 +143,7 @@ class Checkpoint(upstream.Checkpoint):
 @dataclass
 class JobConfig:
     job: Job = field(default_factory=Job)
+    experimental: Experimental = field(default_factory=Experimental)
     model: Model = field(default_factory=Model)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     lighthouse: Lighthouse = field(default_factory=Lighthouse)

@@ -1,4 +1,4 @@
-"""``metrics.jsonl`` in the dump folder: one line a logged step, beside upstream's console, TensorBoard and W&B."""
+"""``metrics.jsonl`` in the dump folder: one line per logged step, beside upstream's console, TensorBoard and W&B."""
 
 import json
 import os
@@ -7,13 +7,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from torchtitan.components.metrics import BaseLogger, LoggerContainer, MetricsProcessor, _get_metrics_rank
+from torchtitan.components.metrics import BaseLogger, LoggerContainer, MetricsProcessor
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
+from torchtitan.experiments.lighthouse.runs.records import METRICS_FILE, read_metrics, stage_of
+from torchtitan.experiments.lighthouse.seams.metrics import logs_here
 from torchtitan.protocols.model import BaseModelArgs
 
-METRICS_FILE = "metrics.jsonl"
 WANDB_ID_FILE = "wandb_id"
 
 #: Upstream's metric names, and ours in the file.
@@ -32,14 +32,6 @@ _VALIDATION_FIELDS = {
     "validation_metrics/throughput(tps)": "tokens_per_second",
     "validation_metrics/memory/max_reserved(GiB)": "memory_gib",
 }
-
-
-def stage_of(job_config: JobConfig) -> str:
-    """``stage1`` (Lighthouse), ``stage2`` (dense, resumed from a Stage 1 checkpoint) or ``dense`` (from scratch)."""
-    section = job_config.lighthouse
-    if section.enable:
-        return "stage1"
-    return "stage2" if section.stage1_checkpoint else "dense"
 
 
 class JsonlLogger(BaseLogger):
@@ -74,21 +66,6 @@ class JsonlLogger(BaseLogger):
         self._file.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a ``metrics.jsonl`` in step order, the later of a step logged twice; torn lines are skipped.
-
-    Training and validation records of one step stay apart: the former have ``loss``, the latter ``validation_loss``.
-    """
-    records: dict[tuple[int, bool], dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-            records[record["step"], "validation_loss" in record] = record
-        except (ValueError, TypeError, KeyError):
-            continue
-    return [records[key] for key in sorted(records)]
-
-
 def wandb_environment(job_config: JobConfig) -> dict[str, str]:
     """What upstream's W&B logger reads from the environment: a run that goes on under its own id, beside its stages.
 
@@ -119,7 +96,7 @@ def _kept_id(folder: Path) -> str:
 
 class LighthouseMetricsProcessor(MetricsProcessor):
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims, tag: str | None = None) -> None:
-        logs = torch.distributed.get_rank() == _get_metrics_rank(parallel_dims, job_config)
+        logs = logs_here(parallel_dims, job_config)
         if logs and job_config.metrics.enable_wandb:
             for name, value in wandb_environment(job_config).items():
                 os.environ.setdefault(name, value)

@@ -24,7 +24,7 @@ class LighthouseTransformer(Transformer):
     def __init__(self, model_args: LighthouseModelArgs) -> None:
         super().__init__(model_args)
         for block in self.layers.values():
-            block.attention = FusedRotaryAttention(model_args)
+            block.attention = LighthouseLlamaAttention(model_args)
         for layer in model_args.lighthouse_layers:
             attention = self.layers[str(layer)].attention
             attention.lighthouse = LighthouseAttention(model_args.lighthouse, attention.inner_attention)
@@ -55,11 +55,11 @@ class LighthouseTransformer(Transformer):
         return hidden
 
 
-class FusedRotaryAttention(Attention):
-    """Upstream's attention layer, its rotary embedding as ``rotate`` computes it, with or without Lighthouse.
+class LighthouseLlamaAttention(Attention):
+    """Upstream's attention layer, and the place where Lighthouse is plugged in: ``lighthouse``, None in dense layers.
 
     ``inner_attention`` stays upstream's module, the one that context parallelism turns into ring attention;
-    ``lighthouse`` calls it.
+    ``lighthouse`` calls it. The rotary embedding is the one that ``rotate`` computes, in every layer.
     """
 
     def __init__(self, model_args: LighthouseModelArgs) -> None:

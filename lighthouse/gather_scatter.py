@@ -1,0 +1,180 @@
+"""Gather and scatter: how rows move from the sequence to the selected entries and back, in plain torch.
+
+An entry (ℓ, i) has two windows of p^ℓ positions. It *covers* the first: ``gather`` takes the mean over it
+(docs/method.md, section 1). It *writes to* the second, which begins at its last covered position: ``scatter`` adds the
+entry's row to each of its positions (docs/method.md, section 6). The backward of each moves rows the opposite way
+through the same windows (docs/method.md, section 7).
+
+No direction needs atomics: a position lies in at most one window of each level, and the inverse map says where the
+entry of that window stands. Sums accumulate in float32 (float64 for float64 inputs) and are rounded once.
+
+``lighthouse.kernels.gather_scatter`` holds the Triton twins of the four functions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lighthouse.pyramid import accumulation_dtype, level_lengths, level_offsets, pool_levels
+
+
+def gather(rows: Tensor, entry: Tensor, inverse_map: Tensor, num_levels: int, pooling_factor: int) -> Tensor:
+    """Pool the window that each selected entry covers to its mean.
+
+    Args:
+        rows: [B, H, N, D].
+        entry: [B, G, S] int32, the numbers of the selected entries; each group serves its H/G heads.
+        inverse_map: [B, G, E] int32, the slot of each of the pyramid's E entries among the S selected ones, or −1.
+
+    Returns:
+        [B, H, S, D] in the dtype of ``rows``; differentiable once.
+    """
+    gathered: Tensor = _Gather.apply(rows, entry, inverse_map, num_levels, pooling_factor)
+    return gathered
+
+
+def gather_backward(grad: Tensor, inverse_map: Tensor, seq_len: int, num_levels: int, pooling_factor: int) -> Tensor:
+    """The gradient of ``gather`` in its rows: from [B, H, S, D] to [B, H, N, D]."""
+    return _spread(grad, inverse_map, seq_len, num_levels, pooling_factor, written=False)
+
+
+def scatter(
+    rows: Tensor,
+    entry: Tensor,
+    inverse_map: Tensor,
+    seq_len: int,
+    num_levels: int,
+    pooling_factor: int,
+    halo: Tensor | None = None,
+) -> Tensor:
+    """Add up, for every position, the rows of the selected entries that write to it.
+
+    Args:
+        rows: [B, H, S, D], in the order of the selection.
+        entry, inverse_map: as in ``gather``.
+        halo: [B, H, L − 1, D], the rows of the entries before each level's first, from level 1 on. They belong to the
+            chunk of the sequence before this one; the entry of level ℓ writes to this chunk's first p^ℓ − 1 positions.
+
+    Returns:
+        [B, H, N, D] in the dtype of ``rows``; differentiable once, in ``rows`` and ``halo``.
+    """
+    scattered: Tensor = _Scatter.apply(rows, entry, inverse_map, seq_len, num_levels, pooling_factor, halo)
+    return scattered
+
+
+def scatter_backward(grad: Tensor, entry: Tensor, inverse_map: Tensor, num_levels: int, pooling_factor: int) -> Tensor:
+    """The gradient of ``scatter`` in its rows: from [B, H, N, D] to [B, H, S, D].
+
+    Here ``entry`` is enough; the Triton twin reads ``inverse_map`` instead.
+    """
+    return _pool(grad, entry, num_levels, pooling_factor, written=True)
+
+
+def halo_backward(grad: Tensor, num_levels: int, pooling_factor: int) -> Tensor:
+    """The gradient of ``scatter`` in its halo, in both backends: from [B, H, N, D] to [B, H, L − 1, D]."""
+    wide = accumulation_dtype(grad.dtype)
+    sums = [grad[:, :, : pooling_factor**level - 1].sum(dim=2, dtype=wide) for level in range(1, num_levels)]
+    return torch.stack(sums, dim=2).to(grad.dtype)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, entry: Tensor, inverse_map: Tensor, num_levels: int, pooling_factor: int
+    ) -> Tensor:
+        ctx.save_for_backward(inverse_map)
+        ctx.seq_len, ctx.shape = rows.shape[2], (num_levels, pooling_factor)
+        return _pool(rows, entry, num_levels, pooling_factor, written=False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (inverse_map,) = ctx.saved_tensors
+        return gather_backward(grad, inverse_map, ctx.seq_len, *ctx.shape), None, None, None, None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        entry: Tensor,
+        inverse_map: Tensor,
+        seq_len: int,
+        num_levels: int,
+        pooling_factor: int,
+        halo: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(entry, inverse_map)
+        ctx.shape, ctx.has_halo = (num_levels, pooling_factor), halo is not None
+        return _spread(rows, inverse_map, seq_len, num_levels, pooling_factor, written=True, halo=halo)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        entry, inverse_map = ctx.saved_tensors
+        rows_grad = scatter_backward(grad, entry, inverse_map, *ctx.shape)
+        halo_grad = halo_backward(grad, *ctx.shape) if ctx.has_halo else None
+        return rows_grad, None, None, None, None, None, halo_grad
+
+
+def _pool(rows: Tensor, entry: Tensor, num_levels: int, pooling_factor: int, *, written: bool) -> Tensor:
+    """Reduce a window of ``rows`` for every selected entry: the mean of the window that it covers, or the sum over the
+    window that it writes to (``written``)."""
+    lengths = level_lengths(rows.shape[2], num_levels, pooling_factor)
+    if written:
+        # Entry (ℓ, i) writes to the positions t with t + 1 in window i + 1: shift by a row, fill up to whole windows
+        # past the end, and leave out window 0 of every level.
+        rows = F.pad(rows, (0, 0, 1, pooling_factor ** (num_levels - 1) - 1))
+    first = int(written)
+    levels = pool_levels(rows, num_levels, pooling_factor, "sum" if written else "mean")
+    pyramid = [level[:, :, first : first + n].to(rows.dtype) for level, n in zip(levels, lengths, strict=True)]
+    return _take(torch.cat(pyramid, dim=2), entry)
+
+
+def _spread(
+    rows: Tensor,
+    inverse_map: Tensor,
+    seq_len: int,
+    num_levels: int,
+    pooling_factor: int,
+    *,
+    written: bool,
+    halo: Tensor | None = None,
+) -> Tensor:
+    """The transpose of ``_pool``: add up, for every position, the rows of the entries in whose window it lies."""
+    position = torch.arange(seq_len, device=rows.device)
+    shift = int(written)
+    total: Tensor | None = None
+    for level, offset in enumerate(level_offsets(seq_len, num_levels, pooling_factor)[:-1]):
+        # The one entry of this level in whose window the position lies, if there is one and it is selected.
+        index = (position + shift) // pooling_factor**level - shift
+        slot = inverse_map[..., offset + index.clamp(min=0)].where(index >= 0, -1)
+        taken = _take_or_zero(rows, slot)
+        if not written:
+            taken = taken / pooling_factor**level
+        if halo is not None and level:
+            taken = taken + halo[:, :, level - 1, None].to(taken.dtype).where((index < 0)[:, None], 0.0)
+        total = taken if total is None else total + taken
+    assert total is not None
+    # Not a bare cast: torch 2.11 compiles a result that is a no-op ``to`` into a gradient of zero.
+    return total if total.dtype == rows.dtype else total.to(rows.dtype)
+
+
+def _take(rows: Tensor, index: Tensor) -> Tensor:
+    """rows [B, H, n, D] at index [B, G, S], where each group's index serves its H/G heads: [B, H, S, D]."""
+    grouped = rows.unflatten(1, (index.shape[1], -1))
+    where = index.long()[:, :, None, :, None].expand(-1, -1, grouped.shape[2], -1, rows.shape[-1])
+    return grouped.gather(3, where).flatten(1, 2)
+
+
+def _take_or_zero(rows: Tensor, index: Tensor) -> Tensor:
+    """As ``_take``, in the accumulation dtype, with a row of zeros where the index is −1."""
+    taken = _take(rows, index.clamp(min=0)).to(accumulation_dtype(rows.dtype))
+    present = (index >= 0).repeat_interleave(rows.shape[1] // index.shape[1], dim=1)[..., None]
+    return taken.where(present, 0.0)

@@ -1,0 +1,139 @@
+"""Starts real training runs for tests: torchrun, the debug config made smaller, float32."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torchtitan.config import ConfigManager
+from torchtitan.experiments.lighthouse.data.tokenizer import build_tokenizer
+from torchtitan.experiments.lighthouse.runs.records import read_metrics
+from torchtitan.protocols.train_spec import get_train_spec
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CONFIG = REPOSITORY / "train_configs/debug.toml"
+
+#: 1,024 tokens a sequence, one process's worth of work in well under a second a step.
+SMALL = {
+    "training.seq_len": "1024",
+    "training.mixed_precision_param": "float32",
+    "lighthouse.pooling_factor": "2",
+    "lr_scheduler.warmup_steps": "2",
+    "lr_scheduler.total_steps": "20",
+    "checkpoint.interval": "1000",
+}
+
+
+def flags(settings: dict[str, str]) -> list[str]:
+    """``{"a.b": "c", "a.d": None}`` to ``--a.b=c --a.d``."""
+    return [f"--{name}" if value is None else f"--{name}={value}" for name, value in settings.items()]
+
+
+def command(dump_folder: Path, nproc: int, **settings: str) -> list[str]:
+    """Settings as keywords, section and name joined by two underscores."""
+    named = {name.replace("__", ".").replace(".no_", ".no-"): value for name, value in settings.items()}
+    return [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"),
+        *("-m", "torchtitan.experiments.lighthouse.train", "--job.config_file", str(CONFIG)),
+        *flags({"job.dump_folder": str(dump_folder)} | SMALL | named),
+    ]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def run(words: list[str], *, check: bool = True, timeout: float = 240, **variables: str) -> subprocess.CompletedProcess:
+    result = subprocess.run(words, capture_output=True, text=True, timeout=timeout, env=environment() | variables)
+    if check and result.returncode:
+        raise AssertionError(f"{' '.join(words)}\n{result.stdout[-6000:]}\n{result.stderr[-6000:]}")
+    return result
+
+
+def train(dump_folder: Path, nproc: int = 1, *, check: bool = True, **settings: str) -> subprocess.CompletedProcess:
+    return run(command(dump_folder, nproc, **settings), check=check)
+
+
+def train_and_kill(dump_folder: Path, at_step: int, **settings: str) -> None:
+    """Start a run and kill it, without warning, once it has logged ``at_step``."""
+    process = subprocess.Popen(
+        command(dump_folder, 1, **settings),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment(),
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    try:
+        while not any(record["step"] >= at_step for record in metrics(dump_folder)):
+            assert process.poll() is None and time.monotonic() < deadline, "the run ended before it was killed"
+            time.sleep(0.02)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def metrics(dump_folder: Path) -> list[dict]:
+    path = dump_folder / "metrics.jsonl"
+    return read_metrics(path) if path.exists() else []
+
+
+def losses(dump_folder: Path) -> dict[int, float]:
+    return {record["step"]: record["loss"] for record in metrics(dump_folder) if "loss" in record}
+
+
+def config_of(dump_folder: Path) -> dict:
+    return json.loads((dump_folder / "config.json").read_text())
+
+
+def load_checkpoint(folder: Path, scratch: Path) -> dict:
+    """Everything in a distributed checkpoint, unsharded, as one flat dictionary."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    dcp_to_torch_save(folder, scratch / "all.pt")
+    return torch.load(scratch / "all.pt", weights_only=False)
+
+
+def next_batches(checkpoint: dict, dp_rank: int, dp_world_size: int, local_batch_size: int = 1) -> list[torch.Tensor]:
+    """The three batches that a run resumed from this checkpoint would train on next."""
+    settings = SMALL | {"training.local_batch_size": str(local_batch_size)}
+    config = ConfigManager().parse_args(["--job.config_file", str(CONFIG), *flags(settings)])
+    loader = get_train_spec("lighthouse").build_dataloader_fn(
+        dp_world_size=dp_world_size, dp_rank=dp_rank, tokenizer=build_tokenizer(config), job_config=config
+    )
+    loader.load_state_dict(checkpoint["dataloader"])
+    batches = iter(loader)
+    return [next(batches)[0]["input"] for _ in range(3)]
+
+
+def assert_same_position(a: dict, b: dict, dp_world_size: int, **options) -> None:
+    """Two checkpoints read the same data next. (Their loaders may have read ahead by a document more or less.)"""
+    for rank in range(dp_world_size):
+        batches = [next_batches(checkpoint, rank, dp_world_size, **options) for checkpoint in (a, b)]
+        assert_same(*batches, path=f"batches of rank {rank}")
+
+
+def assert_same_training_state(a: dict, b: dict) -> None:
+    """Weights, optimizer, schedule and counters of two checkpoints are equal to the bit."""
+    assert {"train_state", "optimizer", "lr_scheduler", "dataloader"} < a.keys()
+    assert_same(*({key: value for key, value in x.items() if key != "dataloader"} for x in (a, b)))
+
+
+def assert_same(a, b, path: str = "") -> None:
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_same(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), path
+        for i, pair in enumerate(zip(a, b, strict=True)):
+            assert_same(*pair, f"{path}[{i}]")
+    else:
+        assert a == b, path

@@ -1,0 +1,85 @@
+"""A sequence in chunks against the whole, in one process; tests/torchtitan runs it on ranks."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from helpers.cases import make, qkv, random_rows, run
+from lighthouse import (
+    LighthouseConfig,
+    SequenceShards,
+    ShardedLighthouseAttention,
+    causal_attention,
+    lighthouse_attention,
+    select,
+)
+from lighthouse.attention import gather, scatter
+from lighthouse.context_parallel import halo_of
+
+
+def stack(rows, num_chunks):
+    return rows.unflatten(2, (num_chunks, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def join(chunks, num_chunks):
+    return chunks.unflatten(0, (-1, num_chunks)).transpose(1, 2).flatten(2, 3)
+
+
+def in_chunks(query, key, value, config, num_chunks=4, with_halo=True):
+    """What ``context_parallel_attention`` computes, with all chunks here and each chunk's halo given to the next."""
+    chunks = [stack(rows, num_chunks) for rows in (query, key, value)]
+    local, chunk_len = config.of_chunk(num_chunks), query.shape[2] // num_chunks
+    backend = config.resolve_backend(query.device.type)
+    selection = select(*chunks[:2], local, starts_every=num_chunks)
+    short = [join(gather(rows, selection, local, backend), num_chunks) for rows in chunks]
+    out = stack(causal_attention(*short, enable_gqa=query.shape[1] != key.shape[1]), num_chunks)
+    made = halo_of(out, selection, chunk_len, local).unflatten(0, (-1, num_chunks))
+    halo = torch.cat([torch.zeros_like(made[:, :1]), made[:, :-1]], dim=1).flatten(0, 1)
+    return join(scatter(out, selection, chunk_len, local, backend, halo if with_halo else None), num_chunks)
+
+
+@pytest.mark.parametrize(
+    ("geometry", "groups", "batch"),
+    [((4096, 3, 2, 512), 2, 1), ((2048, 2, 2, 512), 1, 2)],
+)
+def test_chunks_equal_the_whole_sequence(geometry, groups, batch, on):
+    """Output and gradients in float64; the rows after every border are wrong without the halo."""
+    config, seq_len = make(*geometry, backend=on["backend"], delay_scores=groups == 2)
+    inputs = [x.to(on["device"]) for x in qkv(seq_len, heads=2, groups=groups, head_dim=8, batch=batch)]
+    grad = random_rows(*inputs[0].shape, seed=9, dtype=torch.float64).to(on["device"])
+    whole, parts = run(*inputs, config, grad, lighthouse_attention), run(*inputs, config, grad, in_chunks)
+    for got, want in zip(parts, whole, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+    with torch.no_grad():
+        error = (in_chunks(*inputs, config, with_halo=False) - whole[0]).abs().amax(dim=(0, 1, 3)).view(4, -1)
+    reach = config.pooling_factor ** (config.num_levels - 1) - 1
+    assert (error[1:, :reach] > 1e-3).any(dim=1).all(), "the test does not see the halo"
+    assert error[0].max() < 1e-10 and error[:, reach:].max() < 1e-10
+
+
+@pytest.fixture
+def alone():
+    """A process group of one rank."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("load_balanced", [True, False], ids=["two chunks", "one chunk"])
+def test_one_rank_equals_one_device_and_resolves_the_backend_once(load_balanced, alone, monkeypatch):
+    config, seq_len = make(2048, 2, 2, 512)
+    inputs = qkv(seq_len, groups=1, head_dim=8, batch=2)
+    grad = random_rows(*inputs[0].shape, seed=9, dtype=torch.float64)
+    expected = run(*inputs, config, grad)
+    layer = ShardedLighthouseAttention(config, causal_attention, SequenceShards(alone, load_balanced))
+    resolve, resolved = LighthouseConfig.resolve_backend, []
+
+    def spy(config, device_type):
+        resolved.append(resolve(config, device_type))
+        return resolved[-1]
+
+    monkeypatch.setattr(LighthouseConfig, "resolve_backend", spy)
+    ours = run(*inputs, config, grad, lambda *rows: layer(*rows[:3], enable_gqa=True))
+    assert resolved == ["torch"]
+    for got, want in zip(ours, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)

@@ -1,0 +1,110 @@
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+from torchtitan.distributed import ParallelDims
+from torchtitan.experiments.lighthouse import parallelize_lighthouse
+from torchtitan.experiments.lighthouse.model.model import rotate
+from torchtitan.experiments.lighthouse.seams.cpu import use_cpu_without_accelerator
+from torchtitan.models.llama3 import Transformer
+from torchtitan.models.llama3.model.model import apply_rotary_emb, precompute_freqs_cis
+
+from helpers.model import build, tokens
+
+
+def logits_and_gradients(model):
+    logits = model(tokens())
+    logits.float().logsumexp(-1).sum().backward()
+    return [logits.detach(), *(p.grad for p in model.parameters())]
+
+
+def test_off_is_upstreams_model():
+    """Logits and every gradient; the rotary embedding's real products round where complex ones do not."""
+    ours, _ = build("--lighthouse.no-enable")
+    upstream, _ = build("--lighthouse.no-enable", model_cls=Transformer)
+    for a, b in zip(logits_and_gradients(ours), logits_and_gradients(upstream), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batched", [False, True], ids=["one row of positions", "a row a sequence"])
+@pytest.mark.parametrize("shuffled", [False, True], ids=["in order", "positions"])
+def test_rotary_embedding_is_upstreams(dtype, shuffled, batched):
+    """To float32's rounding before the one to ``dtype``; positions as context parallelism hands them over."""
+    freqs = precompute_freqs_cis(32, 4096)
+    query, key = (torch.randn(2, 1024, 3, 32).to(dtype) for _ in range(2))
+    positions = torch.randperm(4096)[:2048].view(2, 1024)[: 2 if batched else 1] if shuffled else None
+    want = apply_rotary_emb(query, key, freqs, positions)
+    angles = torch.view_as_real(freqs)
+    angles = angles[None, :1024] if positions is None else angles[positions]
+    for rows, expected in zip((query, key), want, strict=True):
+        got = rotate(rows, angles[:, :, None])
+        assert got.dtype == dtype
+        rounding = 4 * 2**-24 + (torch.finfo(dtype).eps if dtype == torch.bfloat16 else 0)
+        length = rows.float().unflatten(-1, (-1, 2)).norm(dim=-1).repeat_interleave(2, dim=-1)
+        assert ((got.float() - expected.float()).abs() <= rounding * length).all()
+
+
+@pytest.mark.parametrize("flavor", ["debug", "debug_gqa"])
+def test_on_and_off_have_the_same_state_dict(flavor):
+    on, _ = build("--model.flavor", flavor)
+    off, _ = build("--model.flavor", flavor, "--lighthouse.no-enable", model_cls=Transformer)
+    shapes = [[(name, x.shape, x.dtype) for name, x in model.state_dict().items()] for model in (on, off)]
+    assert shapes[0] == shapes[1]
+    off.load_state_dict(on.state_dict(), strict=True)
+    assert not torch.equal(on(tokens()), off(tokens()))
+
+
+@pytest.mark.parametrize("scorer", ["norm", "dilated", "gla"])
+@pytest.mark.parametrize("flavor", ["debug", "debug_gqa"])
+def test_every_scorer_trains_every_parameter(flavor, scorer):
+    model, _ = build("--model.flavor", flavor, "--lighthouse.scorer", scorer)
+    for tensor in logits_and_gradients(model):
+        assert tensor.isfinite().all() and tensor.any()
+
+
+@pytest.mark.parametrize("flavor", ["debug", "debug_gqa"])
+def test_rotary_embedding_after_the_gather(flavor):
+    """Trains every parameter; a model of its own; the dense model that both become in Stage 2 is the same."""
+    gathered, _ = build("--model.flavor", flavor, "--lighthouse.rope", "after_gather")
+    pooled, _ = build("--model.flavor", flavor)
+    for tensor in logits_and_gradients(gathered):
+        assert tensor.isfinite().all() and tensor.any()
+    logits_and_gradients(pooled)
+    ours, published = (model.layers["2"].attention.wq.weight.grad for model in (gathered, pooled))
+    assert (ours - published).norm() > 0.05 * published.norm()
+    dense = [build("--lighthouse.no-enable", "--lighthouse.rope", rope)[0] for rope in ("after_gather", "before_pool")]
+    assert torch.equal(*(model(tokens()) for model in dense))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["--lighthouse.rope", "after_gather", "--activation_checkpoint.mode", "full"],
+        ["--lighthouse.rope", "after_gather", "--compile.enable", "--compile.backend", "aot_eager"],
+        ["--activation_checkpoint.mode", "full"],
+        ["--activation_checkpoint.mode", "selective", "--activation_checkpoint.selective_ac_option", "op"],
+        ["--activation_checkpoint.mode", "selective", "--activation_checkpoint.selective_ac_option", "2"],
+        ["--compile.enable", "--compile.backend", "aot_eager"],
+        ["--compile.enable", "--compile.backend", "aot_eager", "--activation_checkpoint.mode", "selective",
+         "--activation_checkpoint.selective_ac_option", "op"],
+    ],
+    ids=["rope, full", "rope, compile", "full", "op", "every second layer", "compile", "compile and op"],
+)  # fmt: skip
+def test_checkpointing_and_compilation_change_nothing(overrides, one_process):
+    torch._dynamo.reset()
+    plain, _ = build(*(overrides[:2] if "rope" in overrides[0] else []))
+    model, config = build("--training.mixed_precision_param", "float32", *overrides)
+    dims = ParallelDims(dp_replicate=1, dp_shard=1, cp=1, tp=1, pp=1, ep=1, etp=1, world_size=1)
+    model = parallelize_lighthouse(model, dims, config)
+    for got, want in zip(logits_and_gradients(model), logits_and_gradients(plain), strict=True):
+        got = got.full_tensor() if isinstance(got, DTensor) else got
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def one_process():
+    """A process group of one, over gloo."""
+    use_cpu_without_accelerator()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()

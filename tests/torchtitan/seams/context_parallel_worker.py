@@ -1,0 +1,152 @@
+"""One rank of ``test_context_parallel.py``: a layer on a split sequence against the layer on one device.
+
+Run by torchrun, over gloo on CPU or NCCL on GPUs, with the dtype as argument.
+"""
+
+import os
+import sys
+from functools import partial
+
+from torchtitan.experiments.lighthouse.seams.context_parallel import support_ring_on_cpu
+from torchtitan.experiments.lighthouse.seams.cpu import use_cpu_without_accelerator
+
+use_cpu_without_accelerator()
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
+from torch.distributed.tensor.experimental._attention import set_rotate_method  # noqa: E402
+from torch.nn.attention import SDPBackend  # noqa: E402
+from torchtitan.distributed.context_parallel import apply_cp_to_attention_module, cp_shard  # noqa: E402
+from torchtitan.models.attention import ScaledDotProductAttentionWrapper  # noqa: E402
+
+from lighthouse import (  # noqa: E402
+    LighthouseConfig,
+    SequenceShards,
+    ShardedLighthouseAttention,
+    lighthouse_attention,
+    select,
+)
+
+#: Eight tiles of 256 entries, so that every chunk of four balanced ranks has one.
+CONFIG = LighthouseConfig(num_levels=3, pooling_factor=2, top_k=1024)
+SEQ_LEN, BATCH, HEADS, HEAD_DIM = 8192, 2, 4, 16
+#: Key/value heads, balanced layout, rotation: every pair of settings.
+CASES = [(4, True, "alltoall"), (4, False, "allgather"), (2, True, "allgather"), (2, False, "alltoall")]
+
+ANGLES = torch.arange(SEQ_LEN)[:, None] * 0.5 ** torch.arange(1, HEAD_DIM // 2 + 1)
+
+#: Positions at a chunk's start that the chunk before it writes to.
+HALO_REACH = CONFIG.pooling_factor ** (CONFIG.num_levels - 1) - 1
+
+
+def results(layer, query, key, value, grad):
+    """Output and the three gradients."""
+    leaves = [x.detach().clone().requires_grad_() for x in (query, key, value)]
+    out = layer(*leaves)
+    out.backward(grad)
+    return [out.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def shard(rows, mesh, balanced):
+    """[B, H, N, D] to this rank's [B, H, N/W, D], by torchtitan, which also tells torch's ring the layout."""
+    (own,), _ = cp_shard(mesh, (rows,), None, "headtail" if balanced else None, input_seq_dim=2)
+    return own
+
+
+def turn(angles, rows, position):
+    """Rows [B, H, S, D] of two columns a pair, turned by angles [n, D/2] at positions [B, G, S]."""
+    angle = angles[position].repeat_interleave(rows.shape[1] // position.shape[1], dim=1)
+    x, y = rows.float().chunk(2, dim=-1)
+    turned = torch.cat([x * angle.cos() - y * angle.sin(), x * angle.sin() + y * angle.cos()], dim=-1)
+    return turned.to(rows.dtype)
+
+
+def main() -> None:
+    dtype = getattr(torch, sys.argv[1])
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("cp",))
+    if not on_gpu:
+        support_ring_on_cpu()
+    ring, plain = ScaledDotProductAttentionWrapper(), ScaledDotProductAttentionWrapper()
+    if on_gpu and dtype == torch.float32:
+        ring.sdpa_backends = plain.sdpa_backends = [SDPBackend.EFFICIENT_ATTENTION]  # the others are for 16 bits
+    apply_cp_to_attention_module([ring], mesh, "sdpa")
+
+    generator = torch.Generator().manual_seed(0)
+    for groups, balanced, rotation in CASES:
+        layout = "head-tail" if balanced else "contiguous"
+        where = f"{groups} key/value heads, {layout}, {rotation}, rank {dist.get_rank()}"
+        set_rotate_method(rotation)
+        query, key, value, grad = (
+            torch.randn(BATCH, heads, SEQ_LEN, HEAD_DIM, generator=generator).to(device, dtype)
+            for heads in (HEADS, groups, groups, HEADS)
+        )
+        inputs = (query, key, value, grad)
+        own = [shard(rows, mesh, balanced) for rows in inputs]
+        shards = SequenceShards(mesh.get_group(), load_balanced=balanced)
+        layer = ShardedLighthouseAttention(CONFIG, ring, shards)
+
+        check_selection(query, key, own, shards, mesh, where)
+        # Grouped heads are also rotated after the gather, by angles that are sharded as the rows are.
+        rotate = own_rotate = None
+        if groups != HEADS:
+            angles = ANGLES[None, None].to(device)
+            rotate, own_rotate = (partial(turn, rows[0, 0]) for rows in (angles, shard(angles, mesh, balanced)))
+        exact = [x.float() for x in inputs]
+        whole = partial(lighthouse_attention, config=CONFIG, rotate=rotate)
+        expected = results(whole, *exact)
+        one_device = results(partial(whole, attention=plain), *inputs)
+        # Selected from rounded rows in both: float32 copies of them have the same norms.
+        ours = results(partial(layer, enable_gqa=groups != HEADS, rotate=own_rotate), *own)
+        for name, got, want, single in zip(("output", "dq", "dk", "dv"), ours, expected, one_device, strict=True):
+            want, single = shard(want, mesh, balanced), shard(single, mesh, balanced)
+            scale = want.abs().max()
+            if dtype == torch.float32:
+                assert (got - want).abs().max() <= 1e-5 * scale, f"{where}: {name}"
+                borders = shards.stack((got - want).abs())[:, :, :HALO_REACH]
+                assert borders.max() <= 1e-5 * scale, f"{where}: {name} at the chunks' borders"
+            else:
+                error, allowed = ((x.float() - want).norm() / want.norm() for x in (got, single))
+                # Ring attention rounds its output once more, and a halo row's gradient is rounded on its way.
+                eps = torch.finfo(dtype).eps
+                assert error <= allowed + eps, f"{where}: {name} {error:.2e}, one device {allowed:.2e}"
+
+        if dist.get_rank() == 0 and dtype != torch.float32:
+            print(f"{where}: {name} off by {error:.2e}, one device by {allowed:.2e}", flush=True)
+
+        without = ShardedLighthouseAttention(CONFIG, ring, WithoutHalo(mesh.get_group(), load_balanced=balanced))
+        out = results(partial(without, enable_gqa=groups != HEADS, rotate=own_rotate), *own)[0]
+        missing = shards.stack((out.float() - shard(expected[0], mesh, balanced)).abs())
+        starts = shards.starts_every == 1 and dist.get_rank() == 0  # this rank holds nothing but the sequence's start
+        assert starts or missing[:, :, :HALO_REACH].max() > 0.01, f"{where}: the test does not see the halo"
+        assert missing[:, :, HALO_REACH:].max() < (1e-4 if dtype == torch.float32 else 0.2), where
+    dist.destroy_process_group()
+
+
+class WithoutHalo(SequenceShards):
+    def pass_halo_on(self, halo):
+        return torch.zeros_like(halo)
+
+
+def check_selection(query, key, own, shards, mesh, where):
+    """The rank's chunks select what one device selects in these chunks."""
+    whole = select(query, key, CONFIG)
+    chunks = [shards.stack(rows) for rows in own[:2]]
+    local = select(*chunks, CONFIG.of_chunk(shards.num_chunks), starts_every=shards.starts_every)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    held = (rank, 2 * size - 1 - rank) if shards.load_balanced else (rank,)
+    share = whole.level.shape[-1] // shards.num_chunks
+    for nth, chunk in enumerate(held):
+        part = slice(chunk * share, (chunk + 1) * share)
+        level = whole.level[..., part]
+        first = chunk * (SEQ_LEN // shards.num_chunks) // CONFIG.pooling_factor ** level.long()
+        assert torch.equal(local.level[nth :: shards.held], level), where
+        assert torch.equal(local.index[nth :: shards.held] + first, whole.index[..., part]), where
+
+
+main()

@@ -1,0 +1,97 @@
+import json
+
+import pytest
+from torchtitan.experiments.lighthouse import report
+
+
+def write_run(folder, stage, losses, first_step=1, tps=100.0):
+    folder.mkdir(parents=True)
+    lines = [
+        {
+            "step": step, "stage": stage, "loss": loss, "tokens_per_second": 1.0 if step == first_step else tps,
+            "tokens_seen": 1000 * step, "wall_clock_s": 10.0 * (step - first_step),
+        }
+        for step, loss in enumerate(losses, start=first_step)
+    ]  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return [
+        write_run(tmp_path / "stage1", "stage1", [5.0] * 10 + [2.0] * 10, tps=400),
+        write_run(tmp_path / "stage2", "stage2", [3.5] + [1.5] * 19, first_step=21, tps=100),
+        write_run(tmp_path / "dense", "dense", [4.0] * 20 + [1.25] * 20, tps=100),
+    ]
+
+
+def cells(table):
+    return {
+        row[0]: row[1:] for row in ([c.strip() for c in line.split("|")[1:-1]] for line in table.splitlines()) if row
+    }
+
+
+def test_tables_hold_every_figure(runs, tmp_path, capsys):
+    report.main([*map(str, runs), "--output", str(tmp_path / "out")])
+    table = cells((tmp_path / "out/summary.md").read_text())
+    assert table["run"][2] == "loss, mean of last 2"  # a tenth of the shortest stage, for all alike
+    assert table["Stage 1 (Lighthouse)"] == ["1–20", "20,000", "2.0000 ± 0.0000", "400"]
+    assert table["Stage 2 (dense)"] == ["21–40", "40,000", "1.5000 ± 0.0000", "100"]
+    assert table["dense"] == ["1–40", "40,000", "1.2500 ± 0.0000", "100"]
+    assert table["spike, first dense step"] == ["3.5000 (+1.5000) at step 21"]
+    assert table["dense steps until Stage 1's last level"] == ["3"]  # the mean of two steps is 2.5, then 1.5
+    assert table["dense steps until below dense"] == ["not within 20"]
+    assert table["last gap to dense"] == ["+0.2500 at step 40"]
+    # 20,000 tokens at 400/s and 20,000 at 100/s, against 40,000 at 100/s.
+    assert table["speed-up over dense at 40,000 tokens"] == ["1.60"]
+    assert (tmp_path / "out/loss.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "out/report.html").read_text()
+    assert "data:image/png;base64," in page and 'src="http' not in page and "+0.2500 at step 40" in page
+    assert "report.html" in capsys.readouterr().out
+
+
+def test_a_run_that_overtakes_the_dense_one_says_when(tmp_path):
+    runs = [
+        write_run(tmp_path / "stage1", "stage1", [5.0] * 10, tps=400),
+        write_run(tmp_path / "stage2", "stage2", [6.0] * 4 + [1.0] * 16, first_step=11),
+        write_run(tmp_path / "dense", "dense", [4.0] * 30),
+    ]
+    (_, *switches) = report.tables(report.load_experiments(runs), 1)
+    ((_, _, rows),) = switches
+    assert ("dense steps until Stage 1's last level", "5") in rows and ("dense steps until below dense", "5") in rows
+
+
+def test_hours_and_time_add_up_over_the_stages(runs):
+    (experiment, dense) = report.load_experiments(runs)
+    assert experiment.hours[19] == pytest.approx(190 / 3600) and experiment.hours[-1] == pytest.approx(380 / 3600)
+    assert dense.device_seconds(10_000) == pytest.approx(100)
+    assert experiment.device_seconds(30_000) == pytest.approx(20_000 / 400 + 10_000 / 100)
+
+
+def test_stage_1_steps_after_the_switch_do_not_count(runs, tmp_path):
+    """Stage 2 may start from an earlier checkpoint than Stage 1's last."""
+    early = write_run(tmp_path / "early", "stage2", [1.0] * 10, first_step=16)
+    (experiment,) = report.load_experiments([runs[0], early])
+    assert experiment.steps == list(range(1, 26))
+    assert experiment.losses[15:] == [1.0] * 10
+
+
+def test_errors_name_the_run(runs, tmp_path):
+    with pytest.raises(SystemExit, match=r"absent/metrics\.jsonl does not exist"):
+        report.main([str(tmp_path / "absent")])
+    with pytest.raises(SystemExit, match="name its Stage 1 run just before"):
+        report.main([str(runs[1]), str(runs[0])])
+    (runs[0] / "metrics.jsonl").write_text("")
+    with pytest.raises(SystemExit, match="no logged step"):
+        report.main([str(runs[0])])
+
+
+@pytest.mark.parametrize("window", [1, 4, 5])
+def test_the_curve_for_the_eye_does_not_lag(window):
+    """A straight line stays where it is, half a step for even windows, but where the window is cut off."""
+    line = report.Experiment("line", [{"step": step, "loss": float(step)} for step in range(20)])
+    drawn = line.centred(window)
+    shift = 0.5 if window % 2 == 0 else 0.0
+    assert drawn[5:15] == pytest.approx([step + shift for step in range(5, 15)])
+    assert len(drawn) == 20 and drawn[0] == pytest.approx(window // 2 / 2)

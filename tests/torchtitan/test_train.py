@@ -1,0 +1,110 @@
+"""Whole runs on CPU, over gloo where there are several processes."""
+
+import pytest
+
+from helpers.launch import (
+    assert_same_position,
+    assert_same_training_state,
+    config_of,
+    load_checkpoint,
+    losses,
+    metrics,
+    train,
+    train_and_kill,
+)
+
+
+@pytest.fixture(scope="module")
+def baseline(tmp_path_factory):
+    """Eight uninterrupted steps of two sequences each, one process."""
+    folder = tmp_path_factory.mktemp("baseline")
+    train(folder, training__steps="8", training__local_batch_size="2")
+    return folder
+
+
+def test_loss_falls_and_every_step_is_logged(baseline):
+    records = metrics(baseline)
+    assert [record["step"] for record in records] == list(range(1, 9))
+    assert records[-1]["loss"] < records[0]["loss"] - 1
+    assert all(record["stage"] == "stage1" and record["memory_gib"] > 0 for record in records)
+    assert records[-1]["tokens_seen"] == 8 * 2 * 1024
+    assert config_of(baseline)["lighthouse"]["enable"] is True
+
+
+def test_a_killed_run_resumes_bit_for_bit(baseline, tmp_path):
+    """Same loss at every step; same weights, optimizer, schedule and next batches at the end."""
+    settings = {"training__steps": "8", "training__local_batch_size": "2", "checkpoint__interval": "3"}
+    train_and_kill(tmp_path, at_step=5, **settings)
+    assert not (tmp_path / "checkpoint/step-8").exists()
+    train(tmp_path, **settings)
+    assert losses(tmp_path) == losses(baseline)
+    ours, theirs = (load_checkpoint(run / "checkpoint/step-8", tmp_path / run.name) for run in (tmp_path, baseline))
+    assert_same_training_state(ours, theirs)
+    assert_same_position(ours, theirs, 1, local_batch_size=2)
+
+
+def test_gradient_accumulation_equals_a_larger_batch(baseline, tmp_path):
+    """Loss and gradient norm of the first step, and, with room for what AdamW makes of float32 noise, of the second,
+    which sees the first one's update. Later steps may part: noise decides between scores that nearly tie."""
+    train(tmp_path, training__steps="2", training__local_batch_size="1", training__global_batch_size="2")
+    for ours, theirs in zip(metrics(tmp_path), metrics(baseline), strict=False):
+        for name in ("loss", "grad_norm"):
+            rel = 1e-5 if ours["step"] == 1 else 1e-3
+            assert ours[name] == pytest.approx(theirs[name], rel=rel), (ours["step"], name)
+
+
+def test_fsdp_trains_validates_and_resumes(tmp_path):
+    """Two ranks, with activation checkpointing, compilation and deterministic mode: stopped and resumed, equal to the
+    bit to a run that was not."""
+    settings = {
+        "activation_checkpoint__mode": "selective", "activation_checkpoint__selective_ac_option": "op",
+        "compile__enable": None, "compile__backend": "aot_eager", "debug__deterministic": None,
+        "validation__enable": None, "validation__dataset": "stdlib_validation", "validation__seq_len": "1024",
+        "validation__local_batch_size": "1", "validation__steps": "2", "validation__freq": "2",
+    }  # fmt: skip
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(whole, 2, training__steps="4", **settings)
+    train(parts, 2, training__steps="2", **settings)
+    train(parts, 2, training__steps="4", **settings)
+    assert losses(whole) == losses(parts) and len(losses(whole)) == 4
+    assert losses(whole)[4] < losses(whole)[1]
+    validation = [record["validation_loss"] for record in metrics(whole) if "validation_loss" in record]
+    assert len(validation) == 3 and validation[-1] < validation[0]
+    ours, theirs = (load_checkpoint(run / "checkpoint/step-4", tmp_path / f"all-{run.name}") for run in (parts, whole))
+    assert_same_training_state(ours, theirs)
+    assert_same_position(ours, theirs, 2)
+
+
+@pytest.mark.parametrize(("nproc", "log_freq"), [(1, 1), (2, 1), (1, 100)])
+def test_a_nonfinite_loss_stops_the_run_before_it_is_saved(nproc, log_freq, tmp_path):
+    """Also where steps are not logged, and so not waited for: then the save waits."""
+    result = train(
+        tmp_path, nproc, check=False, training__steps="5", optimizer__lr="1e30", lr_scheduler__warmup_steps="0",
+        checkpoint__interval="1", metrics__log_freq=str(log_freq),
+    )  # fmt: skip
+    assert result.returncode != 0
+    output = result.stdout + result.stderr
+    assert "FloatingPointError: step 2: " in output and "Nothing was saved after step 1" in output
+    assert sorted(path.name for path in (tmp_path / "checkpoint").iterdir()) == ["step-1"]
+    assert list(losses(tmp_path)) == [1]
+
+
+def test_a_nonfinite_loss_stops_a_run_that_neither_logs_nor_saves(tmp_path):
+    """A step late."""
+    result = train(
+        tmp_path, check=False, training__steps="5", optimizer__lr="1e30", lr_scheduler__warmup_steps="0",
+        metrics__log_freq="100",
+    )  # fmt: skip
+    assert result.returncode != 0 and "FloatingPointError: step 2: " in result.stdout + result.stderr
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def test_a_stage_2_that_loads_nothing_is_an_error(tmp_path):
+    """An unfinished checkpoint makes upstream ignore initial_load_path and start from random weights, in silence."""
+    (tmp_path / "checkpoint/step-3").mkdir(parents=True)
+    result = train(
+        tmp_path, check=False, training__steps="2", lighthouse__no_enable=None,
+        lighthouse__stage1_checkpoint="/nowhere/checkpoint/step-3",
+    )  # fmt: skip
+    assert result.returncode != 0 and "Stage 2 loaded no checkpoint" in result.stdout + result.stderr
+    assert losses(tmp_path) == {}

@@ -1,0 +1,1 @@
+"""What is trained on: text datasets and the tokenizer."""

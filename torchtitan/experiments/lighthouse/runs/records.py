@@ -1,0 +1,70 @@
+"""What a run has written to ``metrics.jsonl``, and when a resumed run counts as recovered. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
+
+METRICS_FILE = "metrics.jsonl"
+
+#: Means over fewer dense steps than these say more about the last batch than about the model.
+SOONEST_RECOVERY = 10
+
+
+def stage_of(job_config: JobConfig) -> str:
+    """``stage1`` (Lighthouse), ``stage2`` (dense, resumed from a Stage 1 checkpoint) or ``dense`` (from scratch)."""
+    section = job_config.lighthouse
+    if section.enable:
+        return "stage1"
+    return "stage2" if section.stage1_checkpoint else "dense"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a ``metrics.jsonl`` in step order, the later of a step logged twice; torn lines are skipped.
+
+    Training and validation records of one step stay apart: the former have ``loss``, the latter ``validation_loss``.
+    """
+    records: dict[tuple[int, bool], dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+            records[record["step"], "validation_loss" in record] = record
+        except (ValueError, TypeError, KeyError):
+            continue
+    return [records[key] for key in sorted(records)]
+
+
+def mean_loss(losses: Mapping[int, float], step: int, window: int, after: int = 0) -> float:
+    """The mean of the losses logged in the ``window`` steps up to ``step``, those at or before ``after`` left out.
+
+    Args:
+        losses: step to loss in nats per token.
+        after: the last step of Stage 1, so that a mean of dense steps does not reach across the switch.
+    """
+    first = max(step - window, after)
+    return fmean(loss for at, loss in losses.items() if first < at <= step)
+
+
+def recovered_after(losses: Mapping[int, float], switch: int, window: int) -> int | None:
+    """Dense steps after which a resumed run is back at Stage 1's last level; None while it is not.
+
+    Both are means over ``window`` steps (``mean_loss``), none across the switch; a run has recovered at the first
+    logged dense step, from the ``SOONEST_RECOVERY``-th on (or the window's length, if shorter), whose mean is not
+    above the mean at the switch.
+
+    Args:
+        losses: step to loss, both stages.
+        switch: Stage 1's last step.
+    """
+    level = mean_loss(losses, switch, window)
+    soonest = switch + min(window, SOONEST_RECOVERY)
+    for step in sorted(losses):
+        if step >= soonest and step > switch and mean_loss(losses, step, window, after=switch) <= level:
+            return step - switch
+    return None

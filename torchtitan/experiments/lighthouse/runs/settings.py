@@ -1,0 +1,64 @@
+"""The settings that a run was trained with, and its model."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+import torchtitan.experiments.lighthouse.train_spec  # noqa: F401  registers the model
+from torch import nn
+from torchtitan.config import ConfigManager, JobConfig
+from torchtitan.experiments.lighthouse.runs.checkpoints import config_file_of, read_metadata
+from torchtitan.protocols.train_spec import get_train_spec
+from torchtitan.tools.utils import device_type
+
+
+def read_settings(checkpoint: Path) -> JobConfig:
+    """The settings of the run that saved ``checkpoint``: its model, tokenizer, data and [lighthouse] sections."""
+    saved = json.loads(config_file_of(checkpoint).read_text())
+    settings = ConfigManager().parse_args(["--job.custom_config_module", saved["job"]["custom_config_module"]])
+    for section in ("model", "lighthouse", "training"):
+        before = getattr(settings, section)
+        # A run may have been saved by another version: what it does not know keeps its default.
+        names = [field.name for field in fields(before) if not is_dataclass(getattr(before, field.name))]
+        known = {name: saved[section][name] for name in names if name in saved[section]}
+        setattr(settings, section, replace(before, **known))
+    return settings
+
+
+def build_model(settings: JobConfig, device: str = "meta") -> nn.Module:
+    """The model of these settings, its weights uninitialised; on ``meta`` it costs nothing.
+
+    Raises:
+        ValueError: for settings that no model can be built from.
+    """
+    spec = get_train_spec(settings.model.name)
+    args = copy.deepcopy(spec.model_args[settings.model.flavor])
+    args.update_from_config(settings)
+    with torch.device("meta"):
+        model = spec.model_cls(args)
+    return model if device == "meta" else model.to_empty(device=device)
+
+
+def load_model(checkpoint: Path, settings: JobConfig, *, dense: bool, device: str = device_type) -> nn.Module:
+    """The checkpoint's weights in the run's model, float32, in evaluation mode.
+
+    Args:
+        dense: whether every layer runs dense attention, as after Stage 2; otherwise as the run trained.
+
+    Raises:
+        Refused: for a checkpoint that is cut short.
+    """
+    read_metadata(checkpoint)
+    settings = copy.deepcopy(settings)
+    settings.lighthouse = replace(settings.lighthouse, enable=settings.lighthouse.enable and not dense)
+    model = build_model(settings, device)
+    with torch.no_grad():
+        model.init_weights(buffer_device=torch.device(device))
+    state = model.state_dict()
+    dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+    return model.eval()

@@ -1,0 +1,43 @@
+"""Upstream's lists and defaults for parallelism, adjusted to Lighthouse's operators, one device, and gloo."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.config.job_config import Training
+from torchtitan.distributed import ParallelDims
+
+
+def keep_when_checkpointing_selectively(operators: Iterable[torch._ops.OpOverload]) -> None:
+    """Add to what selective activation checkpointing keeps. Upstream passes its own list and takes no other."""
+    from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
+
+    _op_sac_save_list.update(operators)
+
+
+def shard_on_one_device(model: nn.Module, parallel_dims: ParallelDims, training: Training) -> None:
+    """FSDP on a mesh of one: not for sharding, but so that one device computes in the precision of many.
+
+    Autocast, upstream's choice for one device, would keep the residual stream in float32, twice the memory.
+    """
+    from torchtitan.models.llama3.infra.parallelize import apply_fsdp
+
+    apply_fsdp(
+        model,
+        parallel_dims.world_mesh,
+        param_dtype=TORCH_DTYPE_MAP[training.mixed_precision_param],
+        reduce_dtype=TORCH_DTYPE_MAP[training.mixed_precision_reduce],
+        pp_enabled=False,
+        cpu_offload=training.enable_cpu_offload,
+        reshard_after_forward_policy="never",
+    )
+
+
+def sum_gradients_plainly(model: nn.Module) -> None:
+    """Upstream's unit gradient divisor makes FSDP use a pre-multiplied sum, which gloo does not know."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)

@@ -1,0 +1,108 @@
+"""Upstream's trainer with the moments named at which ours checks, logs and refuses: 0.2.2 has no hooks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torchtitan.train as upstream
+from torch import Tensor
+from torchtitan.config import JobConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed import utils as dist_utils
+from torchtitan.tools.logging import logger
+
+Batch = tuple[dict[str, Tensor], Tensor]
+
+
+class HostTensor(Tensor):
+    """A batch, or what is computed from it on the host, that goes to the device without waiting for the device.
+
+    Upstream's ``.to(device)`` waits until all that was launched has run. Each step would begin with an empty queue,
+    and a step of short layers would never fill it again. Upstream has no setting for it, but calls ``to`` on what the
+    batches hold: as long as it keeps the subclass, ``to`` is this one.
+    """
+
+    def to(self, device: torch.device) -> Tensor:  # type: ignore[override]
+        tensor = self.as_subclass(Tensor)
+        return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+class HookedTrainer(upstream.Trainer):
+    """Upstream's trainer, which calls the methods below; each does nothing here.
+
+    On one device it computes in FSDP's mixed precision instead of autocast's (``seams.parallelism``).
+    """
+
+    def check_before_build(self) -> None:
+        """Before anything is built: the settings are there, no process group and no device yet."""
+
+    def log_start(self) -> None:
+        """Once, after a checkpoint was loaded or none was found, before the first batch."""
+
+    def check_before_optimizer_step(self) -> None:
+        """Gradients are there and clipped; ``step_losses`` holds the losses of the step's micro-batches."""
+
+    def check_before_save(self) -> None:
+        """Before every checkpoint is written."""
+
+    def __init__(self, job_config: JobConfig) -> None:
+        self.job_config = job_config
+        self.step_losses: list[Tensor] = []
+        self.check_before_build()
+        super().__init__(job_config)
+        self.optimizers.register_step_pre_hook(lambda *_: self.check_before_optimizer_step())
+        if self.parallel_dims.world_size == 1:
+            # Upstream has just added autocast, and said so.
+            logger.info("One device: mixed precision is handled by fully_shard after all, as on several")
+            self.maybe_enable_amp = nullcontext()
+            if job_config.validation.enable:
+                self.validator.maybe_enable_amp = self.maybe_enable_amp
+
+    def forward_backward_step(self, **kwargs: Any) -> Tensor:
+        loss = super().forward_backward_step(**kwargs)
+        self.step_losses.append(loss.detach())
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        # Asked for before every save, and only then.
+        self.check_before_save()
+        return super().state_dict()
+
+    def batch_generator(self, data_iterable: Iterable[Batch]) -> Iterator[Batch]:
+        # Upstream asks for the batches right after it has loaded a checkpoint, or has not.
+        self.log_start()
+        return on_host(super().batch_generator(data_iterable))
+
+
+def on_host(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The same batches as ``HostTensor``."""
+    for inputs, labels in batches:
+        yield {name: tensor.as_subclass(HostTensor) for name, tensor in inputs.items()}, labels.as_subclass(HostTensor)
+
+
+def gradient_norm(trainer: upstream.Trainer) -> Tensor:
+    """The norm of all gradients, a scalar on the device. Upstream computes it too and hands it to no hook.
+
+    Upstream has clipped by now. A non-finite norm is still seen: clipping multiplies every gradient by max_norm/norm,
+    which leaves NaN wherever the norm came from.
+    """
+    parameters = [p for part in trainer.model_parts for p in part.parameters()]
+    pp_mesh = trainer.parallel_dims.get_optional_mesh("pp")
+    return dist_utils.clip_grad_norm_(parameters, float("inf"), foreach=True, pp_mesh=pp_mesh)
+
+
+def learning_rates(trainer: upstream.Trainer) -> tuple[float, float]:
+    """Of the loaded checkpoint, and of this run's schedule at the same step; equal where a schedule goes on."""
+    scheduler = trainer.lr_schedulers.schedulers[0]
+    base, schedule = scheduler.base_lrs[0], scheduler.lr_lambdas[0]
+    return scheduler.get_last_lr()[0], base * schedule(scheduler.last_epoch)
+
+
+def tokens_seen_by_all(trainer: upstream.Trainer) -> int:
+    """Tokens that all ranks have read; ranks that share a sequence have each counted it."""
+    tokens = torch.tensor(trainer.ntokens_seen, dtype=torch.int64, device=trainer.device)
+    dims: ParallelDims = trainer.parallel_dims
+    return int(dist_utils.dist_sum(tokens, dims.get_mesh("batch")) if dims.dp_enabled else tokens)
