@@ -4,10 +4,12 @@
     python examples/hf_trainer.py
     python examples/hf_trainer.py --context 32768 --top-k 1024 --width 1024 --layers 16 --lr 1e-3 --steps 200 100
 
-The second is for a GPU; on a CPU that others use too, set OMP_WAIT_POLICY=passive. Both stages are one training run, and
-so have one optimizer, one schedule and one pass over the data: a callback switches the model to dense attention where Stage 2 begins. What comes out is an ordinary Llama, which
-``--save FOLDER`` writes. All layers go through Lighthouse, as an ``attn_implementation`` stands for all layers of a
-model. The loss of Stage 1 is not comparable with a dense one (README.md, Limits).
+The second is for a GPU; on a CPU that others use too, set OMP_WAIT_POLICY=passive.
+
+Both stages are one training run, with one optimizer, one schedule and one pass over the data: a callback switches the
+model to dense attention where Stage 2 begins. What comes out is an ordinary Llama, which ``--save FOLDER`` writes. All
+layers go through Lighthouse, as an ``attn_implementation`` stands for all layers of a model. The loss of Stage 1 is not
+comparable with a dense one (README.md, Limits).
 """
 
 import argparse

@@ -3,9 +3,9 @@
     python examples/train_gpt.py
     python examples/train_gpt.py --context 98304 --top-k 1536 --width 768 --layers 12 --heads 6 --lr 1e-3 --steps 90 45
 
-The second is for a GPU; on a CPU that others use too, set OMP_WAIT_POLICY=passive. Stage 2 goes on with the same weights
-and optimizer: only the attention changes, and with it the tokens per second. The loss of Stage 1 is not comparable with
-a dense one (README.md, Limits).
+The second is for a GPU; on a CPU that others use too, set OMP_WAIT_POLICY=passive. Stage 2 goes on with the same
+weights and optimizer: only the attention changes, and with it the tokens per second. The loss of Stage 1 is not
+comparable with a dense one (README.md, Limits).
 """
 
 import argparse

@@ -49,11 +49,11 @@ class LighthouseConfig:
     """
 
     delay_scores: bool = False
-    """Score every window by the coarsest window before it in its tile, the first by 0 (docs/method.md, section 10.2).
+    """Score every window by the window of its size that lies one coarsest window earlier in its tile (docs/method.md,
+    section 10.2); the windows under the first coarsest one of a tile score 0.
 
     Off, as published, a window is selected by what it holds, and a model learns to read from the selection what comes
-    next. On, a window's own rows decide nothing about whether it is expanded, except that the window after it, which
-    they score, competes with it.
+    next. On, a window's own rows do not raise its own score; they are the score of a later window, which competes.
     """
 
     backend: Backend = "auto"

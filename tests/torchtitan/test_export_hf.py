@@ -22,7 +22,7 @@ from helpers.launch import CONFIG, SMALL, flags, losses, train
 
 transformers = pytest.importorskip("transformers")
 
-import export_hf  # noqa: E402
+from torchtitan.experiments.lighthouse import export_hf, hugging_face  # noqa: E402
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding  # noqa: E402
 
 SEQ_LEN = 3072  # rotary scaling changes what is further apart than 8192/4, and these weights see that far
@@ -127,7 +127,7 @@ def test_config(dense):
 
 def test_530m_has_its_width_its_parameters_and_its_frequencies():
     model = meta_model("530m")
-    config = export_hf.hf_config(model)
+    config = hugging_face.hf_config(model)
     assert config.intermediate_size == 1536 and config.head_dim == 128
     with torch.device("meta"):
         llama = transformers.LlamaForCausalLM(config)
@@ -200,7 +200,7 @@ def test_an_interrupted_export_leaves_what_was_there(debug, tmp_path, monkeypatc
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(export_hf, "copy_tokenizer", interrupt)
+    monkeypatch.setattr(hugging_face, "copy_tokenizer", interrupt)
     for words in (["--output", str(output), "--overwrite"], ["--output", str(tmp_path / "new")]):
         with pytest.raises(KeyboardInterrupt):
             export_hf.main([str(debug), *words])
@@ -256,7 +256,7 @@ def test_weights_survive_the_round_trip(dense, dtype, tmp_path):
     folder, output = tmp_path / "hf", tmp_path / "start"
     export_hf.main([str(dense), "--output", str(folder), "--dtype", dtype])
     export_hf.main(["--import", str(folder), "--flavor", dense.name, "--output", str(output)])
-    expected = {name: w.to(export_hf.DTYPES[dtype]).float() for name, w in trained(dense).state_dict().items()}
+    expected = {name: w.to(getattr(torch, dtype)).float() for name, w in trained(dense).state_dict().items()}
     found = {name: torch.empty_like(weight) for name, weight in expected.items()}
     dcp.load(found, checkpoint_id=output, no_dist=True)
     assert len(dcp.FileSystemReader(output).read_metadata().state_dict_metadata) == len(expected) == 57

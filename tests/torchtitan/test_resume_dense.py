@@ -4,21 +4,28 @@ import shutil
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from torchtitan.experiments.lighthouse import resume_dense
+from torchtitan.experiments.lighthouse.errors import Refused
+from torchtitan.experiments.lighthouse.runs import launch
+from torchtitan.experiments.lighthouse.runs import stage2 as contract
 
 from helpers.launch import (
     REPOSITORY,
+    SMALL,
     assert_same_position,
     assert_same_training_state,
     config_of,
+    flags,
     load_checkpoint,
     losses,
     metrics,
     run,
     train,
 )
+from helpers.settings import parse
 
 SCRIPT = REPOSITORY / "scripts/resume_dense.py"
 
@@ -223,3 +230,51 @@ def test_refuses_folders_of_other_runs(copy, stage1, tmp_path, capsys):
     )
     message = refusal(capsys, stage1, "--dump-folder", taken)
     assert f"already holds Stage 2 of {stage1}/checkpoint/step-2; choose another --dump-folder" in message
+
+
+def test_on_several_nodes_one_process_prepares_the_folder(copy, tmp_path, monkeypatch, capsys):
+    """The others wait until its settings are there, and write nothing."""
+    started = []
+    monkeypatch.setattr(launch, "execute", started.append)
+    folder = tmp_path / "stage2"
+    (folder / "checkpoint/step-6").mkdir(parents=True)  # cut off while it saved its first checkpoint
+    (folder / "config.json").write_text(
+        json.dumps(
+            {"lighthouse": {"stage1_checkpoint": f"{copy}/checkpoint/step-4"}, "checkpoint": {"folder": "checkpoint"}}
+        )
+    )
+
+    def on_node(rank: int) -> None:
+        launcher = f"--nnodes 2 --nproc_per_node 1 --node_rank {rank} --rdzv_backend c10d --rdzv_endpoint host:29500"
+        words = ["--dump-folder", str(folder), "--torchrun", launcher]
+        resume_dense.main([str(copy), *words, "--", "--checkpoint.exclude_from_loading", "dataloader"])
+
+    monkeypatch.setattr(contract, "PATIENCE_SECONDS", 0.5)
+    before = contents(folder)
+    with pytest.raises(SystemExit, match="the first node writes it"):
+        on_node(1)
+    assert contents(folder) == before and not started
+    on_node(0)
+    assert (folder / "checkpoint.unfinished-1/step-6").is_dir()
+    prepared = contents(folder)
+    on_node(1)
+    assert contents(folder) == prepared and len(started) == 2
+    assert started[0][-1] == started[1][-1] == "dataloader"
+
+
+def test_the_trainer_holds_stage_2_to_the_same_contract(copy, monkeypatch):
+    """Started by hand, past the command."""
+    from torchtitan.experiments.lighthouse.train import LighthouseTrainer
+
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    origin = ["--lighthouse.no-enable", f"--lighthouse.stage1_checkpoint={copy}/checkpoint/step-4", *flags(SMALL)]
+
+    def check(*overrides: str) -> None:
+        settings = parse("debug.toml", *origin, f"--job.dump_folder={copy}_dense", *overrides)
+        LighthouseTrainer.check_before_build(SimpleNamespace(job_config=settings, _checkpoint_folder=lambda: "absent"))
+
+    check()
+    with pytest.raises(Refused, match=r"different architecture: model\.flavor is"):
+        check("--model.flavor=debug_gqa")
+    with pytest.raises(Refused, match=r"different dataset: training\.dataset is"):
+        check("--training.dataset=stdlib_validation")

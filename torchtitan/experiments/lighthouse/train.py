@@ -20,6 +20,7 @@ from torch import Tensor
 from torchtitan.experiments.lighthouse.job_config import check_degrees
 from torchtitan.experiments.lighthouse.loss import Processed, with_labels
 from torchtitan.experiments.lighthouse.runs import stage2
+from torchtitan.experiments.lighthouse.runs.checkpoints import complete_checkpoints_in
 from torchtitan.experiments.lighthouse.runs.records import stage_of
 from torchtitan.experiments.lighthouse.seams import trainer as seam
 from torchtitan.tools.logging import logger
@@ -34,10 +35,11 @@ class LighthouseTrainer(seam.HookedTrainer):
             raise RuntimeError("no WORLD_SIZE: start with torchrun --nproc_per_node GPUS -m torchtitan.experiments.…")
         world_size = int(os.environ["WORLD_SIZE"])
         check_degrees(self.job_config.parallelism, world_size)
-        origin = self.job_config.lighthouse.stage1_checkpoint
-        # Once Stage 2 has checkpoints of its own, Stage 1's may be gone.
-        if stage_of(self.job_config) == "stage2" and Path(origin).is_dir():
-            stage2.check_continuation(stage2.find_stage1(Path(origin)), self.job_config, world_size)
+        origin = Path(self.job_config.lighthouse.stage1_checkpoint)
+        # Once Stage 2 has a checkpoint of its own, it continues that one, and Stage 1's may be gone.
+        starts = not complete_checkpoints_in(Path(self._checkpoint_folder()))
+        if stage_of(self.job_config) == "stage2" and starts and origin.is_dir():
+            stage2.check_continuation(stage2.find_stage1(origin), self.job_config, world_size)
 
     def post_dataloading_process(self, *args: Any) -> Processed:
         return with_labels(super().post_dataloading_process(*args), self.parallel_dims)
