@@ -22,9 +22,10 @@ demo: install  ## the two-stage recipe in miniature, on a GPU or on the CPU, bes
 test: install  ## run the test suite
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
-lint: install  ## check style
+lint: install  ## check style and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 clean:  ## remove what demo wrote
 	rm -rf outputs/demo

@@ -112,25 +112,25 @@ def draw_order(axes: Axes, order: list[Entry]) -> None:
         axes, "(b) Order: what attention sees, sorted by last covered position, then level",
         -4.6 * count / SHOWN, count, -0.8, 1.9,
     )  # fmt: skip
-    for place, (level, index) in enumerate(order):
+    for slot, (level, index) in enumerate(order):
         parent = (level - 1, index * P) in order
         face = COLORS[level] if parent else light(COLORS[level])
-        box(axes, place + 0.06, 0, 0.88, 0.8, facecolor=face, edgecolor=COLORS[level])
-        text(axes, place + 0.5, 0.4, f"{level}:{index}", color="white" if parent else INK, fontsize=8)
+        box(axes, slot + 0.06, 0, 0.88, 0.8, facecolor=face, edgecolor=COLORS[level])
+        text(axes, slot + 0.5, 0.4, f"{level}:{index}", color="white" if parent else INK, fontsize=8)
     begin = 0
-    for place in range(count):
-        end = last_position(order[place])
-        if place + 1 == count or last_position(order[place + 1]) != end:
-            axes.plot([begin + 0.12, place + 0.88], [-0.16, -0.16], color=QUIET, lw=1.2)
-            text(axes, (begin + place + 1) / 2, -0.46, str(end), color=QUIET, fontsize=8.5)
-            begin = place + 1
+    for slot in range(count):
+        end = last_position(order[slot])
+        if slot + 1 == count or last_position(order[slot + 1]) != end:
+            axes.plot([begin + 0.12, slot + 0.88], [-0.16, -0.16], color=QUIET, lw=1.2)
+            text(axes, (begin + slot + 1) / 2, -0.46, str(end), color=QUIET, fontsize=8.5)
+            begin = slot + 1
     left = -0.4 * count / SHOWN
     text(axes, left, 0.4, "level:index", ha="right", fontsize=9.5)
     text(axes, left, -0.46, "last position", ha="right", color=QUIET, fontsize=9.5)
     level, index = LOOKING
-    place = order.index(LOOKING)
-    axes.plot([0.06, 0.06, place + 0.94, place + 0.94], [0.9, 1.06, 1.06, 0.9], color=INK, lw=1.2)
-    text(axes, (place + 1) / 2, 1.42, f"entry {level}:{index} attends to itself and to every entry on its left")
+    slot = order.index(LOOKING)
+    axes.plot([0.06, 0.06, slot + 0.94, slot + 0.94], [0.9, 1.06, 1.06, 0.9], color=INK, lw=1.2)
+    text(axes, (slot + 1) / 2, 1.42, f"entry {level}:{index} attends to itself and to every entry on its left")
 
 
 def draw_writes(axes: Axes, order: list[Entry]) -> None:

@@ -127,7 +127,7 @@ class LighthouseConfig:
                 f"top_k={top_k}, seq_len={seq_len}: each of the {tiles} tiles must hold at least {m} entries of the "
                 f"coarsest level, but {coarsest} entries leave {coarsest // tiles}; {remedy}"
             )
-        if self.scorer != "norm" and seq_len % self.dilation:
+        if self.scorer in ("dilated", "gla") and seq_len % self.dilation:
             nearest = _either(_divisors_around(self.dilation, seq_len))
             raise ValueError(
                 f"dilation={self.dilation}: must divide seq_len={seq_len} for scorer={self.scorer!r}; "

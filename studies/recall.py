@@ -3,10 +3,10 @@
 
     python studies/recall.py CHECKPOINT --text validation.jsonl.gz --sequences 36 --output score.json
 
-A fact is a sentence " Code qwerty: 4821." Its key is six random letters, its value four random digits. It is asked for by
-the same sentence later on: a model that looks back copies the value, one that cannot guesses (one in ten for a digit,
-one in 10,000 for a value). Half of the facts are asked for once, half twice; the distance to the latest earlier mention
-is log-uniform from 64 tokens to the whole sequence. About one fact per 800 bytes: 122 facts, 183 questions in 98,304.
+A fact is a sentence " Code qwerty: 4821." Its key is six random letters, its value four random digits. It is asked for
+by the same sentence later on: a model that looks back copies the value, one that cannot guesses (one in ten for a
+digit, one in 10,000 for a value). Half of the facts are asked for once, half twice; the distance to the latest mention
+is log-uniform from 64 tokens to the whole sequence. One fact per 800 bytes: 122 facts, 183 questions in 98,304.
 The key stands right before the value so that few bytes say which fact is meant: small models learn that soon.
 
 Every piece has exactly the bytes that one sequence holds beside the tokens for begin and end of text, so the trainer
@@ -21,9 +21,11 @@ from __future__ import annotations
 
 import argparse
 import bisect
+import bz2
 import gzip
 import json
 import math
+import os
 import random
 import re
 import string
@@ -38,7 +40,7 @@ KEY_LETTERS, VALUE_DIGITS = 6, 4
 TO_VALUE = len(BEFORE_KEY) + KEY_LETTERS + len(BEFORE_VALUE)
 SENTENCE = TO_VALUE + VALUE_DIGITS + len(AFTER)
 PATTERN = re.compile(
-    rf"{BEFORE_KEY}([a-z]{{{KEY_LETTERS}}}){BEFORE_VALUE}(\d{{{VALUE_DIGITS}}}){re.escape(AFTER)}".encode()
+    f"{BEFORE_KEY}([a-z]{{{KEY_LETTERS}}}){BEFORE_VALUE}([0-9]{{{VALUE_DIGITS}}}){re.escape(AFTER)}".encode()
 )
 
 BYTES_PER_FACT = 800
@@ -155,6 +157,54 @@ def planted_bytes(piece: str) -> list[bool]:
     return planted
 
 
+def prepare(folders: Sequence[Path], output: Path, seq_len: int, count: int, held_out: int) -> None:
+    """Write the text of ``count`` training pieces and of ``held_out`` others, without facts: it travels like this.
+
+    Args:
+        folders: with files named *train* and *validation*; what is held out is of the first.
+    """
+    from recoverability import pieces
+
+    # A piece, with the tokens for begin and end, is one sequence and its last label.
+    size = text_in(seq_len - 1)
+    unfinished = output.with_name(f"{output.name}.unfinished-{os.getpid()}")  # half of it would pass for all of it
+    unfinished.mkdir(parents=True)
+    counts = {}
+    for split, where, wanted in (("train", folders, count), ("validation", folders[:1], held_out)):
+        found = pieces(list(where), split, size)
+        if not found:
+            raise SystemExit(f"prepare: {where}: too little text (files named *{split}*: .json, .jsonl, .gz)")
+        # From everywhere, but in their order, which compresses best.
+        chosen = sorted(random.Random(0).sample(range(len(found)), min(wanted, len(found))))
+        with bz2.open(unfinished / f"{split}.bz2", "wb") as file:
+            file.writelines(found[index].encode().ljust(size) for index in chosen)
+        counts[split] = len(chosen)
+    about = {"seq_len": seq_len, "steps": count, "bytes_of_text_per_piece": size} | counts
+    (unfinished / "about.json").write_text(json.dumps(about, indent=1) + "\n")
+    unfinished.rename(output)
+    on_disk = sum(file.stat().st_size for file in output.iterdir()) / 1e6
+    print(f"{output}: {about}, {on_disk:.1f} MB", flush=True)
+    if counts["train"] < count:
+        print(f"the text will be read again after {counts['train']:,} of {count:,} steps", flush=True)
+
+
+def plant_and_shuffle(prepared: Path, output: Path, seq_len: int, seed: int) -> None:
+    """The prepared text with its facts, the same for every seed, in the seed's order, as the trainer reads it."""
+    if output.exists():
+        return
+    unfinished = output.with_name(f"{output.name}.unfinished-{os.getpid()}")
+    unfinished.mkdir(parents=True)
+    length = seq_len - 1
+    for split in ("train", "validation"):
+        text, size = bz2.decompress((prepared / f"{split}.bz2").read_bytes()), text_in(length)
+        starts = range(0, len(text), size)
+        texts = [plant(text[at : at + size], length, f"{split} {n}") for n, at in enumerate(starts)]
+        random.Random(seed if split == "train" else 0).shuffle(texts)  # held out: the same for all
+        with gzip.open(unfinished / f"{split}.jsonl.gz", "wt", compresslevel=1, encoding="utf-8") as file:
+            file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+    unfinished.rename(output)
+
+
 @dataclass
 class Recall:
     """The questions from a distance of ``start`` to before ``end`` bytes."""
@@ -220,7 +270,8 @@ def score(checkpoint: Path, file: Path, count: int) -> dict[str, Any]:
 
     settings = read_settings(checkpoint)
     seq_len, tokenizer = settings.training.seq_len, build_tokenizer(settings)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = accelerator or torch.device("cpu")
     model = positions.load(checkpoint, settings, dense=True, device=device)
     edges = positions.default_edges(seq_len)
     all_bytes, text_only = ([positions.Bucket(*ends) for ends in pairwise(edges)] for _ in range(2))

@@ -6,7 +6,7 @@
 
 Every arm is one model (train_configs/32m_32k.toml) on the same tokens: Stage 1 for 10, 11 or 12 sixteenths of the
 steps, the rest dense; or all of them dense. ``run`` first cuts the texts into pieces of one sequence each and shuffles
-them, a shuffle a seed, held-out files apart, and then runs one arm a GPU at a time. Run again, it continues. ``report``
+them, one shuffle per seed, held-out files apart, and then runs one arm per GPU at a time. Run again, it continues. ``report``
 writes recoverability.md and recoverability.png from the runs' metrics.jsonl.
 """
 
@@ -239,7 +239,7 @@ def read_curves(options: argparse.Namespace) -> list[Curve]:
 
 
 def table(curves: list[Curve]) -> str:
-    """Losses in nats a byte; differences are to the dense run of the same seed at the same step."""
+    """Losses in nats per byte; differences are to the dense run of the same seed at the same step."""
     dense = {curve.seed: curve for curve in curves if not curve.switch}
     lines = [
         "| arm | steps | held out | − dense | training | − dense | spike | below Stage 1 after | seconds | × dense |",
@@ -281,7 +281,7 @@ def draw(curves: list[Curve], path: Path) -> None:
             steps = [step for step in sorted(curve.held_out) if step in base.held_out]
             gaps = [curve.held_out[step] - base.held_out[step] for step in steps]
             right.plot([step - curve.switch for step in steps], gaps, "o-", color=color, markersize=3, label=curve.name)
-    left.set(xlabel="step", ylabel=f"training loss, nats a byte, mean of {WINDOW} steps")
+    left.set(xlabel="step", ylabel=f"training loss, nats per byte, mean of {WINDOW} steps")
     right.set(xlabel="dense steps after the switch", ylabel="held-out loss − dense at the same step")
     right.axhline(0, color="black", linewidth=0.8)
     for axes in (left, right):

@@ -18,7 +18,7 @@ from torchtitan.protocols.train_spec import get_train_spec
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = REPOSITORY / "train_configs/debug.toml"
 
-#: 1,024 tokens a sequence, one process's worth of work in well under a second a step.
+#: 1,024 tokens per sequence, one process's worth of work in well under a second per step.
 SMALL = {
     "training.seq_len": "1024",
     "training.mixed_precision_param": "float32",

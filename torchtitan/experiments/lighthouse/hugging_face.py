@@ -11,12 +11,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack, cast
 
 import torch
-import torch.distributed.checkpoint as dcp
 from tokenizers import Tokenizer
 from tokenizers.processors import Sequence, TemplateProcessing
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.experiments.lighthouse.data.tokenizer import build_tokenizer
 from torchtitan.experiments.lighthouse.errors import Refused
@@ -24,9 +24,11 @@ from torchtitan.experiments.lighthouse.model.model import LighthouseTransformer
 from torchtitan.experiments.lighthouse.runs.checkpoints import dump_folder_of, find_checkpoint
 from torchtitan.experiments.lighthouse.runs.settings import load_model, read_settings
 from torchtitan.experiments.lighthouse.train_spec import lighthouse_args
+from torchtitan.models.llama3.model.model import FeedForward
 from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
 
 if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from transformers import LlamaConfig
 
 #: What a tokenizer may consist of. A folder of assets may hold weights too, which are not this model's.
@@ -40,6 +42,11 @@ ARCHITECTURE = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("head_dim", "vocab_size", "rms_norm_eps", "hidden_act", "attention_bias", "mlp_bias", "tie_word_embeddings"),
 )
+
+
+class _Tokens(TypedDict, total=False):
+    bos_token_id: int | None
+    eos_token_id: int | None
 
 
 def export(path: Path, output: Path | None, dtype: torch.dtype, tokenizer: Path | None, overwrite: bool) -> None:
@@ -102,8 +109,8 @@ def import_folder(hf_folder: Path, flavor: str, output: Path, *, overwrite: bool
 
     with written_whole(output, ".metadata", hf_folder, overwrite) as folder:
         weights = adapter.to_hf({name: torch.empty_like(w, device="cpu") for name, w in model.state_dict().items()})
-        dcp.load(weights, storage_reader=adapter.get_hf_storage_reader(str(hf_folder)), no_dist=True)
-        dcp.save(adapter.from_hf(weights), checkpoint_id=folder, no_dist=True)
+        state_dict_loader.load(weights, storage_reader=adapter.get_hf_storage_reader(str(hf_folder)), no_dist=True)
+        state_dict_saver.save(adapter.from_hf(weights), checkpoint_id=folder, no_dist=True)
     parameters = sum(weight.numel() for weight in weights.values())
     print(f"{hf_folder} -> {output}: {flavor}, {parameters:,} parameters, float32, {_size(output):,} bytes")
     flags = ["--checkpoint.initial_load_path", str(output.resolve())]
@@ -116,15 +123,16 @@ def import_folder(hf_folder: Path, flavor: str, output: Path, *, overwrite: bool
     print(shlex.join(flags))
 
 
-def hf_config(model: LighthouseTransformer, **tokens: int | None) -> LlamaConfig:
+def hf_config(model: LighthouseTransformer, **tokens: Unpack[_Tokens]) -> LlamaConfig:
     """The configuration of ``model``, on any device, for ``LlamaForCausalLM``; ``tokens`` as in ``LlamaConfig``."""
     from transformers import LlamaConfig
 
     args, scaling = model.model_args, model.model_args.rope_scaling_args
+    feed_forward = cast(FeedForward, model.layers["0"].feed_forward)
     return LlamaConfig(
         hidden_size=args.dim,
         # Upstream derives it from dim, ffn_dim_multiplier and multiple_of; the layer knows what came of it.
-        intermediate_size=model.layers["0"].feed_forward.w1.out_features,
+        intermediate_size=feed_forward.w1.out_features,
         num_hidden_layers=args.n_layers,
         num_attention_heads=args.n_heads,
         num_key_value_heads=args.n_kv_heads or args.n_heads,
@@ -162,12 +170,15 @@ def check_same_model(hf_folder: Path, model: LighthouseTransformer, flavor: str)
 
     found, expected = LlamaConfig.from_pretrained(hf_folder), hf_config(model)
     pairs = {name: (getattr(found, name), getattr(expected, name)) for name in ARCHITECTURE}
-    for name in sorted((found.rope_parameters.keys() | expected.rope_parameters.keys()) - {"type"}):
-        pairs[name] = found.rope_parameters.get(name), expected.rope_parameters.get(name)
+    # Whatever a configuration says or leaves out, transformers fills in its rope_parameters.
+    there, ours = (cast("dict[str, Any]", config.rope_parameters) for config in (found, expected))
+    for name in sorted((there.keys() | ours.keys()) - {"type"}):
+        pairs[name] = there.get(name), ours.get(name)
     _refuse_differences(pairs, hf_folder, flavor)
 
     adapter = Llama3StateDictAdapter(model.model_args, None)
-    saved = adapter.get_hf_storage_reader(str(hf_folder)).read_metadata().state_dict_metadata
+    metadata = adapter.get_hf_storage_reader(str(hf_folder)).read_metadata()
+    saved = cast("dict[str, TensorStorageMetadata]", metadata.state_dict_metadata)  # safetensors hold nothing else
     # Older Llama checkpoints hold the rotary frequencies too; the settings above say the same.
     shapes = {name: tuple(entry.size) for name, entry in saved.items() if not name.endswith("rotary_emb.inv_freq")}
     needed = {name: tuple(weight.shape) for name, weight in adapter.to_hf(model.state_dict()).items()}
@@ -190,7 +201,8 @@ def copy_tokenizer(assets: Path, trained_with: HuggingFaceTokenizer, folder: Pat
     expected, found = trained_with.encode(probe), AutoTokenizer.from_pretrained(folder).encode(probe)
     file = folder / "tokenizer.json"
     if file.is_file() and expected == [trained_with.bos_id, *found]:
-        _begin_with(trained_with.bos_token, trained_with.bos_id, file)
+        # Upstream's annotations know only the None that both start as.
+        _begin_with(trained_with.bos_token, trained_with.bos_id, file)  # type: ignore[arg-type]
         found = AutoTokenizer.from_pretrained(folder).encode(probe)
     if found != expected:
         print(
@@ -229,7 +241,7 @@ def written_whole(folder: Path, mark: str, source: Path, overwrite: bool) -> Ite
         unfinished.rename(folder)
 
 
-def _refuse_differences(pairs: dict[str, tuple], hf_folder: Path, flavor: str) -> None:
+def _refuse_differences(pairs: dict[str, tuple[Any, Any]], hf_folder: Path, flavor: str) -> None:
     lines = [f"  {name}: {found} there, {ours} in {flavor}" for name, (found, ours) in pairs.items() if found != ours]
     if len(lines) > 20:
         lines[20:] = [f"  and {len(lines) - 20} more"]

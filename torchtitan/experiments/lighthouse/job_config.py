@@ -147,3 +147,9 @@ class JobConfig:
     model: Model = field(default_factory=Model)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     lighthouse: Lighthouse = field(default_factory=Lighthouse)
+
+
+class MergedConfig(upstream.JobConfig):
+    """What torchtitan makes of its ``JobConfig`` and this one, for annotations: the real class is made at run time."""
+
+    lighthouse: Lighthouse

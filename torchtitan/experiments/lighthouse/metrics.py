@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan.components.metrics import BaseLogger, LoggerContainer, MetricsProcessor
-from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
+from torchtitan.experiments.lighthouse.job_config import MergedConfig
 from torchtitan.experiments.lighthouse.runs.records import METRICS_FILE, read_metrics, stage_of
 from torchtitan.experiments.lighthouse.seams.metrics import logs_here
 from torchtitan.protocols.model import BaseModelArgs
@@ -66,7 +66,7 @@ class JsonlLogger(BaseLogger):
         self._file.close()
 
 
-def wandb_environment(job_config: JobConfig) -> dict[str, str]:
+def wandb_environment(job_config: MergedConfig) -> dict[str, str]:
     """What upstream's W&B logger reads from the environment: a run that goes on under its own id, beside its stages.
 
     The id is kept in the dump folder, so that the same command continues the same run. Both stages of an experiment
@@ -95,7 +95,7 @@ def _kept_id(folder: Path) -> str:
 
 
 class LighthouseMetricsProcessor(MetricsProcessor):
-    def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims, tag: str | None = None) -> None:
+    def __init__(self, job_config: MergedConfig, parallel_dims: ParallelDims, tag: str | None = None) -> None:
         logs = logs_here(parallel_dims, job_config)
         if logs and job_config.metrics.enable_wandb:
             for name, value in wandb_environment(job_config).items():
@@ -108,14 +108,24 @@ class LighthouseMetricsProcessor(MetricsProcessor):
             loggers.add_logger(JsonlLogger(path, stage_of(job_config)))
             self.logger = loggers
 
-    def log(self, *args: Any, extra_metrics: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def log(
+        self,
+        step: int,
+        global_avg_loss: float,
+        global_max_loss: float,
+        grad_norm: float,
+        extra_metrics: dict[str, Any] | None = None,
+    ) -> None:
         """Upstream's, with tokens counted once: it adds up every rank of a sequence that is split."""
         if extra_metrics and "n_tokens_seen" in extra_metrics:
             extra_metrics["n_tokens_seen"] //= self.parallel_dims.cp
-        super().log(*args, extra_metrics=extra_metrics, **kwargs)
+        super().log(step, global_avg_loss, global_max_loss, grad_norm, extra_metrics)
 
 
 def build_metrics_processor(
-    job_config: JobConfig, parallel_dims: ParallelDims, model_args: BaseModelArgs | None = None, tag: str | None = None
+    job_config: MergedConfig,
+    parallel_dims: ParallelDims,
+    model_args: BaseModelArgs | None = None,
+    tag: str | None = None,
 ) -> MetricsProcessor:
     return LighthouseMetricsProcessor(job_config, parallel_dims, tag)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import base64
 import html
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -124,7 +125,7 @@ Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
 
 def tables(experiments: list[Experiment], window: int) -> list[Table]:
     """Every stage's figures, and what became of every switch. Losses in nats per token."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for experiment in experiments:
         for part in experiment.parts:
             name = {"stage1": "Stage 1 (Lighthouse)", "stage2": "Stage 2 (dense)"}.get(part.name, experiment.name)
@@ -140,7 +141,7 @@ def tables(experiments: list[Experiment], window: int) -> list[Table]:
             )
     stages = ("Runs", ("run", "steps", "tokens seen", f"loss, mean of last {window}", "tokens/s/device"), rows)
     dense = next((experiment for experiment in experiments if experiment.parts[0].name == "dense"), None)
-    switches = [
+    switches: list[Table] = [
         (
             f"The switch of {experiment.name}",
             ("", ""),
@@ -245,7 +246,8 @@ def draw(experiments: list[Experiment], window: int, path: Path) -> None:
         smooth = [loss for part in experiment.parts for loss in part.centred(window)]
         times = [hours * an_hour for hours in experiment.hours]
         switch = len(experiment.parts[0].records) if experiment.parts[-1].name == "stage2" else None
-        for axes, along in zip(panels, (experiment.steps, experiment.tokens, times), strict=True):
+        horizontal: tuple[Sequence[float], ...] = (experiment.steps, experiment.tokens, times)
+        for axes, along in zip(panels, horizontal, strict=True):
             axes.plot(along, experiment.losses, color=color, alpha=0.3, linewidth=0.8)
             axes.plot(along, smooth, color=color, linewidth=1.6, label=experiment.name)
             if switch and switch < len(along):

@@ -17,10 +17,10 @@ import argparse
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
+    from torchtitan.experiments.lighthouse.job_config import MergedConfig
 
 STEPS = 16_000
 
@@ -34,7 +34,7 @@ class Run:
     overrides: tuple[str, ...] = ()
     stage1_steps: int = STEPS
     loss: float | None = None
-    """The published final loss, nats a token."""
+    """The published final loss, nats per token."""
     tokens_per_second: float | None = None
     """Published thousands of tokens/s/GPU in Stage 1, on B200s."""
 
@@ -44,15 +44,15 @@ class Run:
 
 
 def _grid(
-    levels: int, factor: int, top_k: int, scorer: str, tokens_per_second: float, loss: float, stage1: int = 10_000,
+    levels: int, pooling_factor: int, top_k: int, scorer: str, tokens_per_second: float, loss: float, stage1: int = 10_000,
     split: bool = False,
 ) -> Run:  # fmt: skip
     suffix = f"-{stage1 // 1000}k{(STEPS - stage1) // 1000}k" if split else ""
     return Run(
-        f"l{levels}-p{factor}-k{top_k}-{scorer}{suffix}",
+        f"l{levels}-p{pooling_factor}-k{top_k}-{scorer}{suffix}",
         "530m_stage1.toml",
         (
-            *(f"--lighthouse.num_levels={levels}", f"--lighthouse.pooling_factor={factor}"),
+            *(f"--lighthouse.num_levels={levels}", f"--lighthouse.pooling_factor={pooling_factor}"),
             *(f"--lighthouse.top_k={top_k}", f"--lighthouse.scorer={scorer}"),
         ),
         stage1,
@@ -105,7 +105,7 @@ def arguments_of(run: Run, outputs: Path, overrides: list[str]) -> list[str]:
     ]
 
 
-def settings_of(run: Run, outputs: Path = Path("outputs/sweep"), overrides: list[str] | None = None) -> JobConfig:
+def settings_of(run: Run, outputs: Path = Path("outputs/sweep"), overrides: list[str] | None = None) -> MergedConfig:
     """The merged settings of Stage 1.
 
     Raises:
@@ -113,10 +113,11 @@ def settings_of(run: Run, outputs: Path = Path("outputs/sweep"), overrides: list
     """
     from torchtitan.config import ConfigManager
 
-    return ConfigManager().parse_args(arguments_of(run, outputs, overrides or []))
+    # All of train_configs name the module that adds [lighthouse].
+    return cast("MergedConfig", ConfigManager().parse_args(arguments_of(run, outputs, overrides or [])))
 
 
-def geometry(settings: JobConfig) -> str:
+def geometry(settings: MergedConfig) -> str:
     """S, k and tiles of a run that uses Lighthouse."""
     if not settings.lighthouse.enable:
         return "dense"

@@ -24,6 +24,7 @@ from torchtitan.experiments.lighthouse.runs.checkpoints import complete_checkpoi
 from torchtitan.experiments.lighthouse.runs.records import stage_of
 from torchtitan.experiments.lighthouse.seams import trainer as seam
 from torchtitan.tools.logging import logger
+from torchtitan.train import main
 
 
 class LighthouseTrainer(seam.HookedTrainer):
@@ -116,4 +117,4 @@ class LighthouseTrainer(seam.HookedTrainer):
 
 
 if __name__ == "__main__":
-    seam.upstream.main(LighthouseTrainer)
+    main(LighthouseTrainer)

@@ -3,7 +3,7 @@
 Loaded by ``experimental.custom_import = "torchtitan.experiments.lighthouse.train_spec"``.
 """
 
-from typing import NoReturn
+from typing import NoReturn, NotRequired, TypedDict
 
 from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.components.optimizer import build_optimizers
@@ -22,10 +22,19 @@ from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 #: The byte tokenizer's 258 tokens, rounded up for the matrix units and for tensor parallelism.
 BYTE_VOCAB_SIZE = 320
 
+
+class _Body(TypedDict):
+    dim: int
+    n_layers: int
+    n_heads: int
+    multiple_of: int
+    ffn_dim_multiplier: NotRequired[float]
+
+
 # An FFN width of 1536 is 9/16 of the 8/3·dim that Llama starts from.
-_BODY_530M = {"dim": 1024, "n_layers": 30, "n_heads": 8, "ffn_dim_multiplier": 9 / 16, "multiple_of": 256}
-_BODY_32M = {"dim": 512, "n_layers": 10, "n_heads": 4, "multiple_of": 128}
-_BODY_DEBUG = {"dim": 128, "n_layers": 6, "n_heads": 4, "multiple_of": 64}
+_BODY_530M: _Body = {"dim": 1024, "n_layers": 30, "n_heads": 8, "ffn_dim_multiplier": 9 / 16, "multiple_of": 256}
+_BODY_32M: _Body = {"dim": 512, "n_layers": 10, "n_heads": 4, "multiple_of": 128}
+_BODY_DEBUG: _Body = {"dim": 128, "n_layers": 6, "n_heads": 4, "multiple_of": 64}
 
 
 class _Flavors(dict[str, LighthouseModelArgs]):

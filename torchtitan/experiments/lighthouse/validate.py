@@ -13,11 +13,12 @@ class LighthouseValidator(Validator):
     def __init__(
         self, *, job_config: JobConfig, dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, **kwargs: Any
     ) -> None:
-        readers = {"dp_world_size": dp_world_size, "dp_rank": dp_rank, "tokenizer": tokenizer}
-        super().__init__(job_config=job_config, **readers, **kwargs)
+        super().__init__(
+            job_config=job_config, dp_world_size=dp_world_size, dp_rank=dp_rank, tokenizer=tokenizer, **kwargs
+        )
         # Upstream's validator cannot be handed a loader: it has just built one of its own, and read nothing from it.
         endless = job_config.validation.steps != -1
-        self.validation_dataloader = build_validation_dataloader(job_config=job_config, **readers, infinite=endless)
+        self.validation_dataloader = build_validation_dataloader(dp_world_size, dp_rank, tokenizer, job_config, endless)
         cp, loss_of_rank = self.parallel_dims.cp, self.loss_fn
         # Upstream divides by the tokens of one rank's part of the sequences, and adds up the ranks.
         self.loss_fn = lambda pred, labels: loss_of_rank(pred, labels) / cp

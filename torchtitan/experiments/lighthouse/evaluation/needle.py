@@ -8,7 +8,7 @@ import os
 import random
 import string
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
@@ -22,9 +22,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torchtitan.experiments.lighthouse.data.tokenizer import build_tokenizer
 from torchtitan.experiments.lighthouse.errors import Refused
+from torchtitan.experiments.lighthouse.model.model import LighthouseTransformer
 from torchtitan.experiments.lighthouse.runs import checkpoints
 from torchtitan.experiments.lighthouse.runs.settings import load_model, read_settings
 
@@ -103,7 +104,8 @@ def open_hugging_face(path: Path) -> Subject:
 
     def load(device: torch.device) -> LastLogits:
         model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True, dtype=torch.float32)
-        model = model.to(device).eval()
+        # transformers wraps Module.to, and the wrapper's type takes `device` for its self.
+        model = model.to(device).eval()  # type: ignore[arg-type]
         return lambda tokens: model(tokens, logits_to_keep=1, use_cache=False).logits[:, -1]
 
     return Subject(
@@ -117,7 +119,7 @@ def open_hugging_face(path: Path) -> Subject:
     )
 
 
-def last_logits(model: nn.Module, tokens: Tensor) -> Tensor:
+def last_logits(model: LighthouseTransformer, tokens: Tensor) -> Tensor:
     """``model(tokens)[:, -1]``, tokens [B, N] to [B, V], without the logits of the other positions."""
     return model.output(model.norm(model.hidden_states(tokens)[:, -1]))
 
@@ -129,7 +131,7 @@ class Haystack:
     encode: Encode
     begin: list[int]
     needles: list[list[int]]
-    """The sentence, a digit each"""
+    """The sentence, once per digit"""
     question: list[int]
     digits: list[int]
     """The tokens among which the answer is"""
@@ -144,7 +146,7 @@ class Haystack:
             if needle[: len(tokens)] != [*question, digits[digit]] or digits.count(digits[digit]) > 1:
                 raise Refused(
                     f"the tokenizer has no single token for the {digit} in {QUESTION + str(digit) + '. '!r}: it makes "
-                    f"{needle} of it; the test compares ten tokens, one a digit"
+                    f"{needle} of it; the test compares ten tokens, one per digit"
                 )
         return cls(encode, begin, needles, question, digits)
 
@@ -260,7 +262,7 @@ def choose_contexts(asked: list[int] | None, subject: Subject, shortest: int) ->
     return sorted(set(asked))
 
 
-def choose_depths(asked: list[int]) -> list[int]:
+def choose_depths(asked: Sequence[int]) -> list[int]:
     for depth in asked:
         if not 0 <= depth <= 100:
             raise Refused(f"--depths {depth}: must be a percentage; nearest valid value: {min(max(depth, 0), 100)}")
@@ -321,10 +323,12 @@ def _short(context: int) -> str:
 def prepare_device() -> torch.device:
     """This process's device; under torchrun, also the group that gathers the results."""
     if dist.is_torchelastic_launched():
-        # Ranks wait for one another once a context, which may take long on a CPU.
+        # Ranks wait for one another once per context, which may take long on a CPU.
         dist.init_process_group("gloo", timeout=timedelta(days=1))
     if not torch.accelerator.is_available():
         return torch.device("cpu")
     index = int(os.environ.get("LOCAL_RANK", 0))
     torch.accelerator.set_device_index(index)
-    return torch.device(torch.accelerator.current_accelerator().type, index)
+    accelerator = torch.accelerator.current_accelerator()
+    assert accelerator is not None, "one is available"
+    return torch.device(accelerator.type, index)

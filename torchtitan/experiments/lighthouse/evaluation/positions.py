@@ -11,11 +11,12 @@ from itertools import islice, pairwise
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
-from torchtitan.config import JobConfig
 from torchtitan.experiments.lighthouse.data.text_datasets import build_validation_dataloader
 from torchtitan.experiments.lighthouse.errors import DataError, Refused
+from torchtitan.experiments.lighthouse.job_config import MergedConfig
+from torchtitan.experiments.lighthouse.model.model import LighthouseTransformer
 from torchtitan.experiments.lighthouse.runs.checkpoints import config_file_of
 from torchtitan.experiments.lighthouse.runs.settings import load_model
 from torchtitan.hf_datasets.text_datasets import DATASETS
@@ -98,7 +99,7 @@ def held_out_data(path: Path, dataset: str | None, dataset_path: str | None) -> 
 
 
 def read_sequences(
-    settings: JobConfig, tokenizer: HuggingFaceTokenizer, dataset: str, dataset_path: str | None, count: int
+    settings: MergedConfig, tokenizer: HuggingFaceTokenizer, dataset: str, dataset_path: str | None, count: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Up to ``count`` sequences of ``training.seq_len`` tokens: inputs and labels, [1, N] int64, as a run reads them.
 
@@ -106,9 +107,13 @@ def read_sequences(
         Refused: for data that is missing or at fault.
     """
     config = copy.deepcopy(settings)
-    where = {"dataset": dataset, "dataset_path": dataset_path}
     config.validation = replace(
-        config.validation, **where, seq_len=settings.training.seq_len, local_batch_size=1, steps=-1
+        config.validation,
+        dataset=dataset,
+        dataset_path=dataset_path,
+        seq_len=settings.training.seq_len,
+        local_batch_size=1,
+        steps=-1,
     )
     try:
         # Only data and tokenizer count: one reader, whatever the run had.
@@ -119,7 +124,7 @@ def read_sequences(
         raise Refused(f"--dataset {dataset} --dataset-path {dataset_path}: {error}") from error
 
 
-def load(checkpoint: Path, settings: JobConfig, *, dense: bool, device: torch.device) -> nn.Module:
+def load(checkpoint: Path, settings: MergedConfig, *, dense: bool, device: torch.device) -> LighthouseTransformer:
     """``load_model`` for a length that may not be the run's own.
 
     Raises:
@@ -132,7 +137,7 @@ def load(checkpoint: Path, settings: JobConfig, *, dense: bool, device: torch.de
 
 
 @torch.inference_mode()
-def losses_and_hits(model: nn.Module, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def losses_and_hits(model: LighthouseTransformer, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Of every position, the loss, and whether the label has the highest logit.
 
     The logits exist for some positions at a time: 98,304 tokens over 128,256 words would be 50 GB in float32.
@@ -168,7 +173,7 @@ def losses_and_hits(model: nn.Module, inputs: Tensor, labels: Tensor) -> tuple[T
 
 
 def by_position(
-    model: nn.Module,
+    model: LighthouseTransformer,
     sequences: Iterable[tuple[Tensor, Tensor]],
     edges: Sequence[int],
     tokenizer: HuggingFaceTokenizer,

@@ -1,7 +1,10 @@
 """Upstream's parallelism for Llama 3, plus what a single device, the compiler and gloo need."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
 import torch
-from torch import nn
 from torchtitan.config import JobConfig
 from torchtitan.config.job_config import Parallelism
 from torchtitan.distributed import ParallelDims
@@ -12,8 +15,13 @@ from torchtitan.tools.utils import device_type
 from lighthouse import SequenceShards, ShardedLighthouseAttention
 from lighthouse.backend import load_kernels
 
+if TYPE_CHECKING:
+    from torchtitan.experiments.lighthouse.model.model import LighthouseLlamaAttention, LighthouseTransformer
 
-def parallelize_lighthouse(model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig) -> nn.Module:
+
+def parallelize_lighthouse(
+    model: LighthouseTransformer, parallel_dims: ParallelDims, job_config: JobConfig
+) -> LighthouseTransformer:
     """Apply tensor and context parallelism, activation checkpointing, compile and FSDP/HSDP as upstream does.
 
     Lighthouse has no parameters to shard, and its heads are the rank's local heads; under context parallelism it is
@@ -34,7 +42,7 @@ def parallelize_lighthouse(model: nn.Module, parallel_dims: ParallelDims, job_co
     return model
 
 
-def shard_sequence(model: nn.Module, parallel_dims: ParallelDims, settings: Parallelism) -> None:
+def shard_sequence(model: LighthouseTransformer, parallel_dims: ParallelDims, settings: Parallelism) -> None:
     """What context parallelism needs beside upstream's ring attention, which upstream applies itself."""
     context_parallel.set_rotation(settings.context_parallel_rotate_method)
     context_parallel.remember_layout()
@@ -45,7 +53,7 @@ def shard_sequence(model: nn.Module, parallel_dims: ParallelDims, settings: Para
         parallel_dims.get_mesh("cp").get_group(), load_balanced=settings.context_parallel_load_balancer is not None
     )
     for block in model.layers.values():
-        attention = block.attention
+        attention = cast("LighthouseLlamaAttention", block.attention)
         if attention.lighthouse is not None:
             attention.lighthouse = ShardedLighthouseAttention(
                 attention.lighthouse.config, attention.inner_attention, shards

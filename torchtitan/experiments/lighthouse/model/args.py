@@ -1,6 +1,7 @@
 """Llama 3 arguments plus the layers that run Lighthouse."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torchtitan.config import JobConfig
@@ -49,7 +50,7 @@ class LighthouseModelArgs(TransformerModelArgs):
     lighthouse_rope: str = "before_pool"
     """Where those layers apply the rotary embedding, as in the [lighthouse] section"""
 
-    def update_from_config(self, job_config: JobConfig, **kwargs) -> None:
+    def update_from_config(self, job_config: JobConfig, **kwargs: Any) -> None:
         """Take the sequence length and the [lighthouse] section, refusing what cannot run before anything is built.
 
         Raises:
@@ -110,15 +111,17 @@ class LighthouseModelArgs(TransformerModelArgs):
             attention = self.n_heads * head_dims
             dense = 6 * attention * seq_len
             selected = 6 * attention * self.lighthouse.selected_length(seq_len) ** 2 / seq_len
-            scored = 2 * 2 * attention * self._scorer_keys(seq_len)  # two forward passes, two operations a product
+            scored = (
+                2 * 2 * attention * self._scorer_keys(self.lighthouse, seq_len)
+            )  # two forward passes, two operations a product
             flops += len(self.lighthouse_layers) * round(selected + scored - dense)
         return nparams, flops
 
-    def _scorer_keys(self, seq_len: int) -> int:
+    def _scorer_keys(self, config: LighthouseConfig, seq_len: int) -> int:
         """Keys (or, for linear attention, state rows) that the scorer's attention reads per query."""
-        match self.lighthouse.scorer:
+        match config.scorer:
             case "dilated":
-                return seq_len // self.lighthouse.dilation
+                return seq_len // config.dilation
             case "gla":
                 return self.dim // self.n_heads
             case _:

@@ -5,7 +5,9 @@ embedding in real arithmetic, which the compiler fuses (complex arithmetic it do
 the loss chunk by chunk.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -15,19 +17,23 @@ from torchtitan.models.llama3 import Transformer
 from torchtitan.models.llama3.model.model import Attention
 from torchtitan.protocols.model import AttentionMasksType
 
-from lighthouse import LighthouseAttention
+from lighthouse import LighthouseAttention, LighthouseConfig
 
 
 class LighthouseTransformer(Transformer):
     """``Transformer``, whether Lighthouse is on or off."""
+
+    model_args: LighthouseModelArgs
+    output: OutputProjection
 
     def __init__(self, model_args: LighthouseModelArgs) -> None:
         super().__init__(model_args)
         for block in self.layers.values():
             block.attention = LighthouseLlamaAttention(model_args)
         for layer in model_args.lighthouse_layers:
-            attention = self.layers[str(layer)].attention
-            attention.lighthouse = LighthouseAttention(model_args.lighthouse, attention.inner_attention)
+            attention = cast(LighthouseLlamaAttention, self.layers[str(layer)].attention)
+            config = cast(LighthouseConfig, model_args.lighthouse)  # where there are such layers
+            attention.lighthouse = LighthouseAttention(config, attention.inner_attention)
         self.output = OutputProjection(model_args.dim, model_args.vocab_size)
 
     def forward(
@@ -80,7 +86,7 @@ class LighthouseLlamaAttention(Attention):
         query, key, value = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         angles = torch.view_as_real(freqs_cis)
         angles = angles[None, : x.shape[1]] if positions is None else angles[positions]
-        attend = self.inner_attention if self.lighthouse is None else self.lighthouse
+        attend: Callable[..., Tensor] = self.inner_attention if self.lighthouse is None else self.lighthouse
         if self.lighthouse is not None and self.rope == "after_gather":
             attend = partial(attend, rotate=partial(rotate_at, angles))
         else:

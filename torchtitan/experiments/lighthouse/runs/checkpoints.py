@@ -67,10 +67,10 @@ def find_checkpoint(path: Path) -> Path:
     config_file = config_file_of(path)
     if is_checkpoint(path):
         if not is_complete(path):
-            complete = ", ".join(other.name for other in complete_checkpoints_in(path.parent)) or "none"
+            others = ", ".join(other.name for other in complete_checkpoints_in(path.parent)) or "none"
             raise Refused(
                 f"{path} is incomplete (it has no .metadata: the save did not finish); complete ones in "
-                f"{path.parent}: {complete}"
+                f"{path.parent}: {others}"
             )
         return path.resolve()
     folder = path / json.loads(config_file.read_text())["checkpoint"]["folder"]
@@ -90,7 +90,7 @@ def read_metadata(checkpoint: Path) -> Metadata:
     Raises:
         Refused: if a file is missing or cut short.
     """
-    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     metadata = FileSystemReader(checkpoint).read_metadata()
     for info in (metadata.storage_data or {}).values():

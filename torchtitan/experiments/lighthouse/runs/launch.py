@@ -81,7 +81,7 @@ def as_line(command: Sequence[str]) -> str:
     return shlex.join(command)
 
 
-def execute(command: Sequence[str]) -> None:
+def execute(command: list[str]) -> None:
     """Print the command and become it."""
     print(as_line(command), flush=True)
     os.execv(command[0], command)

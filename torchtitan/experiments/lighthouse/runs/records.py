@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
+    from torchtitan.experiments.lighthouse.job_config import MergedConfig
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -17,7 +17,7 @@ METRICS_FILE = "metrics.jsonl"
 SOONEST_RECOVERY = 10
 
 
-def stage_of(job_config: JobConfig) -> str:
+def stage_of(job_config: MergedConfig) -> str:
     """``stage1`` (Lighthouse), ``stage2`` (dense, resumed from a Stage 1 checkpoint) or ``dense`` (from scratch)."""
     section = job_config.lighthouse
     if section.enable:

@@ -6,21 +6,24 @@ import copy
 import json
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
-import torch.distributed.checkpoint as dcp
 import torchtitan.experiments.lighthouse.train_spec  # noqa: F401  registers the model
-from torch import nn
-from torchtitan.config import ConfigManager, JobConfig
+from torch.distributed.checkpoint import state_dict_loader
+from torchtitan.config import ConfigManager
+from torchtitan.experiments.lighthouse.job_config import MergedConfig
+from torchtitan.experiments.lighthouse.model.model import LighthouseTransformer
 from torchtitan.experiments.lighthouse.runs.checkpoints import config_file_of, read_metadata
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.utils import device_type
 
 
-def read_settings(checkpoint: Path) -> JobConfig:
+def read_settings(checkpoint: Path) -> MergedConfig:
     """The settings of the run that saved ``checkpoint``: its model, tokenizer, data and [lighthouse] sections."""
     saved = json.loads(config_file_of(checkpoint).read_text())
-    settings = ConfigManager().parse_args(["--job.custom_config_module", saved["job"]["custom_config_module"]])
+    parsed = ConfigManager().parse_args(["--job.custom_config_module", saved["job"]["custom_config_module"]])
+    settings = cast(MergedConfig, parsed)  # by that module
     for section in ("model", "lighthouse", "training"):
         before = getattr(settings, section)
         # A run may have been saved by another version: what it does not know keeps its default.
@@ -30,7 +33,7 @@ def read_settings(checkpoint: Path) -> JobConfig:
     return settings
 
 
-def build_model(settings: JobConfig, device: str = "meta") -> nn.Module:
+def build_model(settings: MergedConfig, device: str = "meta") -> LighthouseTransformer:
     """The model of these settings, its weights uninitialised; on ``meta`` it costs nothing.
 
     Raises:
@@ -40,11 +43,14 @@ def build_model(settings: JobConfig, device: str = "meta") -> nn.Module:
     args = copy.deepcopy(spec.model_args[settings.model.flavor])
     args.update_from_config(settings)
     with torch.device("meta"):
-        model = spec.model_cls(args)
+        # Settings with a [lighthouse] section are those of this model.
+        model = cast(LighthouseTransformer, spec.model_cls(args))
     return model if device == "meta" else model.to_empty(device=device)
 
 
-def load_model(checkpoint: Path, settings: JobConfig, *, dense: bool, device: str = device_type) -> nn.Module:
+def load_model(
+    checkpoint: Path, settings: MergedConfig, *, dense: bool, device: str = device_type
+) -> LighthouseTransformer:
     """The checkpoint's weights in the run's model, float32, in evaluation mode.
 
     Args:
@@ -60,5 +66,5 @@ def load_model(checkpoint: Path, settings: JobConfig, *, dense: bool, device: st
     with torch.no_grad():
         model.init_weights(buffer_device=torch.device(device))
     state = model.state_dict()
-    dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+    state_dict_loader.load(state, checkpoint_id=checkpoint, no_dist=True)
     return model.eval()

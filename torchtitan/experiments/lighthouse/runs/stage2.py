@@ -14,14 +14,14 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import tomli_w
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.experiments.lighthouse.errors import Refused
-from torchtitan.experiments.lighthouse.job_config import without_none
+from torchtitan.experiments.lighthouse.job_config import MergedConfig, without_none
 from torchtitan.experiments.lighthouse.runs.checkpoints import (
     CONFIG_FILE,
     complete_checkpoints_in,
@@ -147,15 +147,16 @@ def explicit_none(config: dict[str, Any]) -> list[str]:
     ]
 
 
-def merge(toml: str, changes: list[str]) -> JobConfig:
+def merge(toml: str, changes: list[str]) -> MergedConfig:
     """The settings as the trainer will see them. Stage 2's folder stays as it is until they have been checked."""
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / SETTINGS_FILE
         file.write_text(toml)
-        return ConfigManager().parse_args(["--job.config_file", str(file), *changes])
+        merged = ConfigManager().parse_args(["--job.config_file", str(file), *changes])
+        return cast(MergedConfig, merged)  # Stage 1 has a [lighthouse] section, and names the module that adds it
 
 
-def check_overrides(config: dict[str, Any], merged: JobConfig) -> None:
+def check_overrides(config: dict[str, Any], merged: MergedConfig) -> None:
     """Whether ``merged``, the command line's changes in, still holds what the command has set in ``config``.
 
     Raises:
@@ -171,7 +172,7 @@ def check_overrides(config: dict[str, Any], merged: JobConfig) -> None:
             )
 
 
-def check_continuation(stage1: Stage1, settings: JobConfig, world_size: int) -> None:
+def check_continuation(stage1: Stage1, settings: MergedConfig, world_size: int) -> None:
     """Stage 2 with ``settings`` on ``world_size`` processes must train the same model on the same data.
 
     Raises:
@@ -274,7 +275,7 @@ def wait_until_prepared(folder: Path, toml: str) -> None:
         time.sleep(0.2)
 
 
-def refuse_unloaded(settings: JobConfig, checkpoint_folder: str) -> None:
+def refuse_unloaded(settings: MergedConfig, checkpoint_folder: str) -> None:
     """Stage 2 that starts at step 0 has loaded nothing: upstream goes on from random weights in silence.
 
     Raises:
@@ -295,7 +296,7 @@ def _set_unfinished_aside(folder: Path) -> None:
         folder.rename(aside)
 
 
-def _check_shapes(stage1: Stage1, settings: JobConfig) -> None:
+def _check_shapes(stage1: Stage1, settings: MergedConfig) -> None:
     """The model of these settings against the tensors in the checkpoint: code and flavors may have changed since."""
     model = {name: tensor.shape for name, tensor in build_model(settings).state_dict().items()}
     saved = {

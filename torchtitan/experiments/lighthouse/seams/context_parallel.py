@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache, wraps
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ SEQ_DIM = 2
 
 #: The compiler's pass that starts exchanges early, waits for them late and puts what need not wait in between, weight
 #: gradients for one; it runs none by default. It keeps the order of the exchanges, which must be the same on all ranks.
-OVERLAP = ["reorder_compute_for_overlap"]
+OVERLAP: list[str | Callable[..., Any]] = ["reorder_compute_for_overlap"]
 
 
 def set_rotation(method: str) -> None:
@@ -68,27 +69,31 @@ def support_ring_on_cpu() -> None:
     _attention.custom_ops[aten._scaled_dot_product_flash_attention_for_cpu_backward.default] = _ring_backward
 
 
-def _ring_forward(op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[DTensor, DTensor]:
+def _ring_forward(
+    op_call: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[DTensor, DTensor]:
     """(query, key, value, dropout_p, is_causal, *, attn_mask, scale) to output and logsumexp, sharded as the query."""
     from torch.distributed.tensor.experimental._context_parallel import _attention
 
     query, key, value = args[:3]
-    bound = _bound(op, args, kwargs)
+    bound = _bound(op_call, args, kwargs)
     out, logsumexp = _attention._templated_ring_attention(
-        query.device_mesh.get_group(), SEQ_DIM, op, *(x._local_tensor for x in (query, key, value)),
+        query.device_mesh.get_group(), SEQ_DIM, op_call, query._local_tensor, key._local_tensor, value._local_tensor,
         is_causal=bound["is_causal"], scale=bound["scale"],
     )  # fmt: skip
     return _sharded(out, query), _sharded(logsumexp, query)
 
 
-def _ring_backward(op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[DTensor, ...]:
+def _ring_backward(
+    op_call: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[DTensor, ...]:
     """(grad_out, query, key, value, out, logsumexp, dropout_p, is_causal, *, attn_mask, scale) to the gradients."""
     from torch.distributed.tensor.experimental._context_parallel import _attention
 
-    bound = _bound(op, args, kwargs)
+    bound = _bound(op_call, args, kwargs)
     local = {name: bound[name]._local_tensor for name in ("grad_out", "query", "key", "value", "out", "logsumexp")}
     grads = _attention._templated_ring_attention_backward(
-        bound["query"].device_mesh.get_group(), SEQ_DIM, op, grad_out_name="grad_out", **local,
+        bound["query"].device_mesh.get_group(), SEQ_DIM, op_call, grad_out_name="grad_out", **local,
         is_causal=bound["is_causal"], dropout_p=0.0, scale=bound["scale"],
     )  # fmt: skip
     return tuple(_sharded(grad, bound["query"]) for grad in grads[:3])

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import torchtitan.train as upstream
 from torch import Tensor
-from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
+from torchtitan.experiments.lighthouse.job_config import MergedConfig
 from torchtitan.tools.logging import logger
 
 Batch = tuple[dict[str, Tensor], Tensor]
@@ -36,6 +36,8 @@ class HookedTrainer(upstream.Trainer):
     On one device it computes in FSDP's mixed precision instead of autocast's (``seams.parallelism``).
     """
 
+    job_config: MergedConfig
+
     def check_before_build(self) -> None:
         """Before anything is built: the settings are there, no process group and no device yet."""
 
@@ -48,7 +50,7 @@ class HookedTrainer(upstream.Trainer):
     def check_before_save(self) -> None:
         """Before every checkpoint is written."""
 
-    def __init__(self, job_config: JobConfig) -> None:
+    def __init__(self, job_config: MergedConfig) -> None:
         self.job_config = job_config
         self.step_losses: list[Tensor] = []
         self.check_before_build()

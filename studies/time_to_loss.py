@@ -1,0 +1,480 @@
+#!/usr/bin/env python
+"""After how many seconds of training does a model reach a held-out loss, and does it then use its long context?
+
+    python studies/time_to_loss.py prepare --text DATA/books DATA/c4 --output outputs/time_to_loss
+    python studies/time_to_loss.py run --output outputs/time_to_loss --arms dense "published 10:6"
+    python studies/time_to_loss.py report --output outputs/time_to_loss
+
+QUESTION, asked before any run: at 98,304 tokens, which chain of stages, each with its attention, gets the 32M model
+(train_configs/32m_32k.toml, k = 1,536) in 960 steps to dense's final held-out loss in the fewest seconds, and how do
+loss beyond 16K and recall beyond 16K then compare with dense's?
+
+MEASURE. Every arm trains on the same sequences in the same order, one per step: books and C4 with facts planted in them
+(recall.py). *Seconds* are steps times tokens per step over the median tokens/s that the stage logged: no start-up,
+compilation, validation or checkpoint. *Held out* is the dense loss on twelve pieces of held-out books with their own
+facts, every sixteenth of the steps, in dense stages only. *Spike* is the first dense step's training loss minus the
+mean of the last 50 Stage 1 steps. After the last stage, dense, on 36 held-out pieces: loss by position, and recall by
+distance. Reported: the gap to dense of the same seed at equal tokens and at equal seconds (its curve interpolated),
+seconds until dense's final loss. "dense, again" is the noise of one arm run twice.
+
+``prepare`` writes OUTPUT/text, which can be carried to another machine (25 MB); ``run`` plants, shuffles by the seed,
+and runs one arm per GPU at a time. Killed and started again, it continues; finished arms, OUTPUT/results/ARM.json, are
+skipped. Arms share the stages that they begin with. Settings after "--" go to every stage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import recall
+from torchtitan.experiments.lighthouse.runs import launch
+from torchtitan.experiments.lighthouse.runs.checkpoints import checkpoints_in, complete_checkpoints_in, step_of
+from torchtitan.experiments.lighthouse.runs.records import METRICS_FILE, read_metrics
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RESULTS = REPOSITORY / "studies/results/time_to_loss"
+PARTS = 16
+
+#: Held-out pieces that are scored after the last stage, and those of the curve.
+SCORED, CURVE = 36, 12
+#: Steps before the switch that the spike is measured from.
+BEFORE_SWITCH = 50
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of an arm's steps."""
+
+    name: str
+    """Names its folder: the same name, the same settings"""
+    parts: int
+    """Sixteenths of the steps"""
+    lighthouse: tuple[str, ...] | None = None
+    """Trainer settings of the Lighthouse layers; None: dense"""
+    context: int | None = None
+    """Tokens per sequence; None: the study's"""
+
+
+@dataclass(frozen=True)
+class Arm:
+    name: str
+    stages: tuple[Stage, ...]
+
+    @property
+    def cannot_run(self) -> str | None:
+        """What today's code lacks for this chain."""
+        if any(stage.context is not None for stage in self.stages):
+            return "a resume that changes the context"
+        dense = [stage.lighthouse is None for stage in self.stages]
+        if dense not in ([True], [False, True]):
+            return "a resume other than from Lighthouse to dense"
+        return None
+
+
+def two_stages(name: str, parts: int, *lighthouse: str) -> tuple[Stage, ...]:
+    return Stage(name, parts, lighthouse), Stage("dense", PARTS - parts)
+
+
+DELAYED = "--lighthouse.delay_scores"
+ARMS = [
+    Arm("dense", (Stage("dense", PARTS),)),
+    Arm("published 10:6", two_stages("published", 10)),
+    Arm("published 12:4", two_stages("published", 12)),
+    Arm("published 14:2", two_stages("published", 14)),
+    Arm("delayed 10:6", two_stages("delayed", 10, DELAYED)),
+    Arm("delayed 14:2", two_stages("delayed", 14, DELAYED)),
+    Arm("published layers 3-6 10:6", two_stages("layers-3-6", 10, "--lighthouse.layers=3-6")),
+    Arm("k1024 10:6", two_stages("k1024", 10, "--lighthouse.top_k=1024")),
+    Arm("k2048 10:6", two_stages("k2048", 10, "--lighthouse.top_k=2048")),
+    Arm("dense, again", (Stage("dense-again", PARTS),)),
+]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A stage of an arm as a training run."""
+
+    stage: Stage
+    folder: Path
+    first: int
+    """The step that it starts after"""
+    last: int
+    command: list[str]
+
+    @property
+    def done(self) -> bool:
+        return self.last in map(step_of, complete_checkpoints_in(self.checkpoints))
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoint"
+
+
+def runs_of(arm: Arm, options: argparse.Namespace) -> list[Run]:
+    """The commands of an arm. Folders tell the chain so far: arms with the same beginning share it."""
+    unit, text = options.steps // PARTS, options.output / f"text-seed{options.seed}"
+    common = [
+        *("--training.dataset=c4_local", f"--training.dataset_path={text}", f"--training.seq_len={options.seq_len}"),
+        *("--training.local_batch_size=1", f"--debug.seed={options.seed}"),
+        *(f"--lr_scheduler.total_steps={options.steps}", f"--checkpoint.interval={unit}", "--lighthouse.top_k=1536"),
+    ]
+    validate = [
+        *("--validation.enable", "--validation.dataset=c4_local_validation", f"--validation.dataset_path={text}"),
+        *(f"--validation.seq_len={options.seq_len}", "--validation.local_batch_size=1", f"--validation.steps={CURVE}"),
+        # Every step is logged: the spike is the first. Of a dense stage nothing but its end is needed later.
+        *(f"--validation.freq={unit}", "--metrics.log_freq=1", "--checkpoint.keep_latest_k=3"),
+    ]
+    runs: list[Run] = []
+    for stage in arm.stages:
+        first = runs[-1].last if runs else 0
+        last = first + stage.parts * unit
+        before = f"{runs[-1].folder.name}-{runs[-1].stage.parts}-" if runs else f"seed{options.seed}-"
+        folder = options.output / "runs" / f"{before}{stage.name}"
+        if runs:
+            start = runs[-1].checkpoints / f"step-{first}"
+            changes = [*validate, *options.overrides]
+            command = launch.resume_dense_command(start, folder, launch.one_node(1), changes)
+        else:
+            attention = ["--lighthouse.no-enable", *validate] if stage.lighthouse is None else stage.lighthouse
+            settings = ["--job.config_file", str(options.config), f"--job.dump_folder={folder}"]
+            settings += [f"--training.steps={last}", *common, *attention, *options.overrides]
+            command = launch.trainer_command(launch.one_node(1), settings)
+        runs.append(Run(stage, folder, first, last, command))
+    return runs
+
+
+# Running
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[int]:
+    """Wait until no other arm, and no trainer that outlived a killed study, trains here; yields the lock's file."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder.with_name(f"{folder.name}.lock"), os.O_RDWR | os.O_CREAT)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{folder} is being trained by another process: waiting for it", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield lock
+    finally:
+        os.close(lock)
+
+
+def call(command: list[str], log_file: Path, device: str | None, inherited: tuple[int, ...] = ()) -> None:
+    """Run a command on a device, its output appended to a file.
+
+    Raises:
+        RuntimeError: with the end of the output, if it fails.
+    """
+    environment = os.environ | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
+    with log_file.open("a") as log:
+        # What it inherits keeps the folder locked should this process die before it does.
+        code = subprocess.run(command, stdout=log, stderr=log, env=environment, pass_fds=inherited).returncode
+    if code:
+        end = "\n".join(log_file.read_text(errors="replace").splitlines()[-25:])
+        raise RuntimeError(f"exit status {code}, see {log_file}:\n{end}")
+
+
+def run_arm(arm: Arm, options: argparse.Namespace, device: str | None) -> None:
+    """Train what is not trained yet, score, and write the arm's result."""
+    runs = runs_of(arm, options)
+    for one in runs:
+        with alone_in(one.folder) as lock:
+            if not one.done:
+                call(one.command, one.folder.with_name(f"{one.folder.name}.log"), device, (lock,))
+            if not one.done:
+                raise RuntimeError(f"{one.folder} ended without a checkpoint of step {one.last}")
+            remove_checkpoints(one.checkpoints, options.steps)
+    final, score_file = runs[-1], runs[-1].folder / "score.json"
+    if not score_file.exists():
+        text = options.output / f"text-seed{options.seed}/validation.jsonl.gz"
+        program = [sys.executable, str(Path(recall.__file__).resolve())]
+        words = [str(final.checkpoints / f"step-{final.last}"), "--text", str(text), f"--sequences={SCORED}"]
+        call([*program, *words, f"--output={score_file}"], final.folder.with_name(f"{final.folder.name}.log"), device)
+    write_json(result_file(arm, options), result_of(arm, runs, json.loads(score_file.read_text()), options))
+
+
+def remove_checkpoints(folder: Path, steps: int) -> None:
+    """All that nothing can start from any more: not the newest, and no arm switches there."""
+    switches = {arm.stages[0].parts * steps // PARTS for arm in ARMS if len(arm.stages) > 1}
+    newest = complete_checkpoints_in(folder)[-1]
+    for old in checkpoints_in(folder):
+        if step_of(old) not in switches and step_of(old) < step_of(newest):
+            shutil.rmtree(old)
+
+
+def result_file(arm: Arm, options: argparse.Namespace) -> Path:
+    name = f"{arm.name}-seed{options.seed}".replace(",", "").replace(":", "-").replace(" ", "-")
+    return options.output / "results" / f"{name}.json"
+
+
+def result_of(arm: Arm, runs: list[Run], score: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """What is kept of an arm, from its runs' metrics and its score."""
+    stages: list[dict[str, Any]] = []
+    curve: list[list[float]] = []
+    seconds, before, spike = 0.0, None, None
+    for one in runs:
+        records = [r for r in read_metrics(one.folder / METRICS_FILE) if one.first < r["step"] <= one.last]
+        logged = [record for record in records if "loss" in record]
+        per_step = logged[-1]["tokens_seen"] / logged[-1]["step"]
+        speed = median(record["tokens_per_second"] for record in logged)
+        for record in records:
+            if "validation_loss" in record:
+                at = seconds + (record["step"] - one.first) * per_step / speed
+                curve.append([record["step"], round(at, 3), record["validation_loss"]])
+        if before is not None and spike is None and one.stage.lighthouse is None:
+            spike = logged[0]["loss"] - before
+        before = fmean(r["loss"] for r in logged if r["step"] > one.last - BEFORE_SWITCH)
+        seconds += (one.last - one.first) * per_step / speed
+        stages.append(
+            asdict(one.stage)
+            | {"first": one.first, "last": one.last, "tokens_per_second": speed, "last_training_loss": before}
+            | {"memory_gib": max(record.get("memory_gib", 0) for record in logged)}
+        )
+    return {
+        **{"arm": arm.name, "seed": options.seed, "seconds": round(seconds, 3), "spike": spike},
+        **{"held_out": curve[-1][2], "score": score, "stages": stages, "curve": curve},
+        "settings": study_settings(options),
+        "command": [launch.as_line(one.command) for one in runs],
+        **{"gpu": score["device"], "torch": score["torch"], "commit": options.commit},
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def study_settings(options: argparse.Namespace) -> dict[str, Any]:
+    config = options.config.resolve()
+    name = str(config.relative_to(REPOSITORY)) if config.is_relative_to(REPOSITORY) else str(config)
+    return {"config": name, "overrides": options.overrides} | {n: getattr(options, n) for n in ("seq_len", "steps")}
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(file)
+
+
+def devices() -> list[str | None]:
+    """Those of CUDA_VISIBLE_DEVICES, or all GPUs; one None without a GPU."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        import torch
+
+        visible = ",".join(map(str, range(torch.cuda.device_count())))
+    return [name for name in visible.split(",") if name] or [None]
+
+
+def run(options: argparse.Namespace) -> int:
+    """Every arm that is not finished, one per device at a time; returns how many failed."""
+    waiting, failed, lock = list(options.arms), [], threading.Lock()
+
+    def work(device: str | None) -> None:
+        while True:
+            with lock:
+                if not waiting:
+                    return
+                arm = waiting.pop(0)
+            began = time.monotonic()
+            if result_file(arm, options).exists():
+                outcome = "already finished"
+            else:
+                try:
+                    run_arm(arm, options, device)
+                    outcome = f"done, {time.monotonic() - began:.0f} s"
+                except Exception as error:  # the other arms go on
+                    failed.append(arm)
+                    outcome = f"failed: {error}"
+            print(f"{arm.name}, seed {options.seed}: {outcome}", flush=True)
+
+    # Daemons: Ctrl-C must not start the next arms.
+    workers = [threading.Thread(target=work, args=(device,), daemon=True) for device in devices()]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return len(failed)
+
+
+# Reporting
+
+
+def crossing(curve: list[list[float]], level: float) -> float | None:
+    """The seconds at which a curve of (step, seconds, loss) first comes down to ``level``, None where it does not.
+
+    A straight line between two points; where the first point is below already, that point.
+    """
+    for number, (_, seconds, loss) in enumerate(curve):
+        if loss <= level:
+            if not number:
+                return seconds
+            _, earlier, above = curve[number - 1]
+            return earlier + (seconds - earlier) * (above - level) / (above - loss)
+    return None
+
+
+def loss_at(curve: list[list[float]], seconds: float) -> float | None:
+    """The curve's loss at a time, a straight line between two points; None outside of it."""
+    for (_, start, before), (_, end, after) in pairwise(curve):
+        if start <= seconds <= end:
+            return before + (after - before) * (seconds - start) / (end - start)
+    return None
+
+
+def cell(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def tables(results: list[dict[str, Any]], level: float | None) -> str:
+    """Losses in nats per byte; differences, × and % are to dense of the same seed."""
+    dense = {result["seed"]: result for result in results if result["arm"] == "dense"}
+    titles = ["arm", "seed", "seconds", "× dense", "held out", "− dense, equal tokens", "− dense, equal seconds"]
+    titles += ["seconds to level", "of dense's", "beyond 16K", "− dense", "recall beyond 16K", "spike"]
+    lines = [row(*titles), row(*["---"] * len(titles))]
+    for result in results:
+        base, score = dense.get(result["seed"]), result["score"]
+        cells = [result["arm"], str(result["seed"]), f"{result['seconds']:.0f}"]
+        far = score["held_out_far"]["loss"]
+        if base is None:
+            reached = None if level is None else crossing(result["curve"], level)
+            cells += ["", f"{result['held_out']:.4f}", "", "", cell(reached, ".0f"), "", f"{far:.4f}", ""]
+        else:
+            goal = base["held_out"] if level is None else level
+            reached, whole = crossing(result["curve"], goal), crossing(base["curve"], goal)
+            beside = loss_at(base["curve"], result["seconds"])
+            cells += [f"{base['seconds'] / result['seconds']:.2f}", f"{result['held_out']:.4f}"]
+            cells += [f"{result['held_out'] - base['held_out']:+.4f}"]
+            cells += ["" if beside is None else f"{result['held_out'] - beside:+.4f}"]
+            cells += ["not reached" if reached is None else f"{reached:.0f}"]
+            cells += [f"{reached / whole:.2f}" if reached and whole else "", f"{far:.4f}"]
+            cells += [f"{far - base['score']['held_out_far']['loss']:+.4f}"]
+        lines.append(row(*cells, cell(score["recall_far"]["exact"], ".1%"), cell(result["spike"], "+.3f")))
+    for name, title, form in (
+        ("by_position", "Held-out loss by position, all bytes / text outside planted sentences", ".4f"),
+        ("recall", f"Recall by distance, whole values (chance {recall.CHANCE['exact']:.2%}) / digits (10%)", ".1%"),
+    ):
+        first, second = ("loss", "loss_text") if name == "by_position" else ("exact", "digits")
+        parts = results[0]["score"][name]
+        ends = [f"{part['start']:,}–{part['end']:,}" for part in parts]
+        lines += ["", title, "", row("arm", "seed", *ends), row(*["---"] * (2 + len(ends)))]
+        for result in results:
+            cells = [f"{cell(p[first], form)} / {cell(p[second], form)}" for p in result["score"][name]]
+            lines.append(row(result["arm"], str(result["seed"]), *cells))
+    return "\n".join(lines) + "\n"
+
+
+def draw(results: list[dict[str, Any]], file: Path) -> None:
+    """Held-out loss against training seconds: dense stages, where it is measured."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 5), dpi=110, layout="constrained")
+    names = list(dict.fromkeys(result["arm"] for result in results))
+    for result in results:
+        # The first steps would squeeze the rest.
+        points = [(seconds, loss) for step, seconds, loss in result["curve"] if step > result["stages"][-1]["last"] / 8]
+        label = result["arm"] + (f", seed {result['seed']}" if result["seed"] else "")
+        style = {"color": f"C{names.index(result['arm'])}", "linestyle": "--" if result["seed"] else "-"}
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1.4, label=label, **style)
+    axes.set(xlabel="training seconds, one GPU", ylabel="held-out loss, dense, nats per byte")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(file)
+    plt.close(figure)
+
+
+def report(folder: Path, output: Path, level: float | None) -> None:
+    """Write time_to_loss.md and .png from the results in ``folder``."""
+    results = [json.loads(file.read_text()) for file in folder.glob("*.json")]
+    if not results:
+        raise SystemExit(f"time_to_loss: {folder} holds no finished arm")
+    order = [arm.name for arm in ARMS]
+    results.sort(key=lambda one: (one["seed"], order.index(one["arm"]) if one["arm"] in order else len(order)))
+    output.mkdir(parents=True, exist_ok=True)
+    about = sorted({f"{one['gpu']}, torch {one['torch']}, commit {one['commit']}" for one in results})
+    settings = sorted({json.dumps(one["settings"]) for one in results})
+    text = f"{tables(results, level)}\n{'; '.join(about)}. Settings: {'; '.join(settings)}\n"
+    (output / "time_to_loss.md").write_text(text, encoding="utf-8")
+    draw(results, output / "time_to_loss.png")
+    print(text)
+
+
+def main() -> None:
+    arguments, overrides = launch.split_overrides(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("prepare", "run", "report"))
+    parser.add_argument("--output", type=Path, default=Path("outputs/time_to_loss"))
+    parser.add_argument("--text", nargs="+", type=Path, help="prepare: folders with files named *train*, *validation*")
+    parser.add_argument("--seq-len", type=int, default=98304, help="prepare: tokens per sequence")
+    parser.add_argument("--steps", type=int, default=960, help=f"prepare: of every arm, a multiple of {PARTS}")
+    parser.add_argument("--prepared", type=Path, help="run: what prepare wrote (default: OUTPUT/text)")
+    parser.add_argument("--config", type=Path, default=REPOSITORY / "train_configs/32m_32k.toml", help="run: the model")
+    parser.add_argument("--seed", type=int, default=0, help="run: of the weights and the order of the text")
+    parser.add_argument("--commit", help="run: kept in the results (default: git's HEAD)")
+    names = [arm.name for arm in ARMS]
+    parser.add_argument("--arms", nargs="+", choices=names, default=names, metavar="ARM", help=", ".join(names))
+    parser.add_argument("--results", type=Path, help=f"report: default OUTPUT/results, else {RESULTS.name}'s")
+    parser.add_argument("--level", type=float, help="report: seconds until this loss (default: dense's last)")
+    options = parser.parse_args(arguments, argparse.Namespace(overrides=overrides))
+    options.output = options.output.resolve()
+    if options.command == "prepare":
+        if not options.text or options.steps % PARTS or (options.output / "text").exists():
+            raise SystemExit(f"prepare needs --text, --steps a multiple of {PARTS}, and an --output without text/")
+        recall.prepare(options.text, options.output / "text", options.seq_len, options.steps, held_out=SCORED)
+    elif options.command == "run":
+        start_and_run(options)
+    else:
+        found = options.output / "results"
+        report(options.results or (found if found.is_dir() else RESULTS), options.output, options.level)
+
+
+def start_and_run(options: argparse.Namespace) -> None:
+    prepared = options.prepared or options.output / "text"
+    if not (prepared / "about.json").is_file():
+        raise SystemExit(f"time_to_loss: {prepared} holds no prepared text; run prepare first, or name it: --prepared")
+    about = json.loads((prepared / "about.json").read_text())
+    options.seq_len, options.steps = about["seq_len"], about["steps"]
+    options.arms = [arm for arm in ARMS if arm.name in options.arms]
+    for arm in options.arms:
+        if arm.cannot_run:
+            raise SystemExit(f"time_to_loss: {arm.name!r} needs {arm.cannot_run}, which does not exist yet")
+    # Runs of other settings in the same folder would be mixed with these.
+    study, settings = options.output / "study.json", study_settings(options)
+    if study.exists() and json.loads(study.read_text()) != settings:
+        raise SystemExit(f"time_to_loss: {study} says {study.read_text()}, now {settings}: choose another --output")
+    write_json(study, settings)
+    if options.commit is None:
+        git = ["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"]
+        answer = subprocess.run(git, capture_output=True, text=True) if shutil.which("git") else None
+        options.commit = answer.stdout.strip() if answer and not answer.returncode else None
+    recall.plant_and_shuffle(prepared, options.output / f"text-seed{options.seed}", options.seq_len, options.seed)
+    if failed := run(options):
+        raise SystemExit(f"time_to_loss: {failed} of {len(options.arms)} arms failed")
+
+
+if __name__ == "__main__":
+    main()
