@@ -1,6 +1,6 @@
 """Writes the golden vectors beside this file, with the float64 reference (tests/helpers/reference.py):
 
-    PYTHONPATH=tests/lighthouse .venv/bin/python tests/golden/make.py
+    PYTHONPATH=tests .venv/bin/python tests/golden/make.py
 
 Needed only when a case is added: the method does not change, and neither do the files. The same numpy writes the same
 bytes. A file holds, for one batch entry,

@@ -1,8 +1,15 @@
 import json
+import logging
 import os
+import re
+from types import SimpleNamespace
 
-from torchtitan.experiments.lighthouse.metrics import JsonlLogger, wandb_environment
+import pytest
+from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.experiments.lighthouse.metrics import JsonlLogger, Progress, in_words, wandb_environment
 from torchtitan.experiments.lighthouse.runs.records import read_metrics
+from torchtitan.experiments.lighthouse.seams.metrics import step_line
+from torchtitan.tools.utils import Color, NoColor
 
 from helpers.launch import train
 from helpers.settings import parse
@@ -72,3 +79,66 @@ def test_an_interrupted_wandb_run_goes_on_offline(tmp_path, monkeypatch):
         train(tmp_path, training__steps=steps, metrics__enable_wandb=None)
     runs = [name for path in tmp_path.rglob("wandb") for name in os.listdir(path) if name.startswith("offline-run-")]
     assert len(runs) == 2 and {name.rsplit("-", 1)[1] for name in runs} == {(tmp_path / "wandb_id").read_text()}
+
+
+def test_one_line_per_step_says_how_far_the_run_has_come(tmp_path):
+    """Of a real run, into a pipe: the beginning is ours, the figures are upstream's, and there are no colour codes."""
+    output = train(tmp_path, training__steps="3").stdout
+    lines = [line.partition(" - INFO - ")[2] for line in output.splitlines() if "grad_norm:" in line]
+    beginnings = [re.match(r"Stage 1, step \d of 3, (.*?)  loss: .* memory: .* tps: \d", line)[1] for line in lines]
+    assert len(lines) == 3 and "step:" not in output and "\x1b" not in output
+    assert beginnings[0] == "time left not known yet" and re.fullmatch(r"\d+ s left", beginnings[1])
+    assert beginnings[2] == "finished"
+
+
+@pytest.mark.parametrize("color", [Color(), NoColor()])
+def test_upstreams_own_line_of_a_step_is_the_one_that_changes(color, caplog):
+    """Upstream's method itself: fails when its line no longer begins in the way that the seam knows."""
+    memory = SimpleNamespace(**{f"max_{kind}": 1.0 for kind in (
+        "active_gib", "active_pct", "reserved_gib", "reserved_pct")}, num_alloc_retries=0, num_ooms=0)  # fmt: skip
+    processor = SimpleNamespace(
+        num_flops_per_token=1, time_last_log=0.0, ntokens_since_last_log=1, gpu_peak_flops=1, data_loading_times=[0.0],
+        parallel_dims=SimpleNamespace(non_data_parallel_size=1), color=color, logger=SimpleNamespace(log=lambda *_: 0),
+        job_config=SimpleNamespace(metrics=SimpleNamespace(log_freq=1)),
+        device_memory_monitor=SimpleNamespace(get_peak_stats=lambda: memory, reset_peak_stats=lambda: None),
+    )  # fmt: skip
+
+    def log(step):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            MetricsProcessor.log(processor, step, 2.0, 2.0, 1.0)
+        (line,) = caplog.messages
+        return line
+
+    for step, number in ((5, " 5"), (12345, "12345")):
+        processor.data_loading_times = [0.0]
+        before = log(step)
+        processor.data_loading_times = [0.0]
+        with step_line("Stage 2, step 5 of 9"):
+            after = log(step)
+        figures = re.compile(r"tps: .*")
+        assert f"step: {number}  " in before
+        assert figures.sub("", after) == figures.sub("", before.replace(f"step: {number}", "Stage 2, step 5 of 9"))
+        processor.data_loading_times = [0.0]
+        assert f"step: {number}  " in log(step)
+
+
+def test_other_messages_pass_unchanged(caplog):
+    with caplog.at_level(logging.INFO), step_line("Stage 1"):
+        logging.info("validate step:  5  loss:  2.0")
+        logging.info("Saving at step: %d", 5)
+    assert caplog.messages == ["validate step:  5  loss:  2.0", "Saving at step: 5"]
+
+
+def test_time_left_follows_the_recent_steps():
+    """A slow start is forgotten, and steps between two logged ones count."""
+    progress = Progress("stage2", 2000)
+    assert progress.after(1001, 0.0) == "Stage 2, step 1,001 of 2,000, time left not known yet"  # resumed
+    assert progress.after(1010, 90.0) == "Stage 2, step 1,010 of 2,000, 2 h 45 min left"  # 10 s per step
+    for line in range(1, 11):
+        after = progress.after(1010 + 10 * line, 90.0 + 10.0 * line)
+    assert after == "Stage 2, step 1,110 of 2,000, 15 min left"  # 1 s per step
+    assert Progress("dense", 40).after(1, 0.0).startswith("dense, step  1 of 40, ")
+    assert [in_words(s) for s in (0, 89, 91, 3599, 4 * 3600 + 300, 76 * 3600)] == [
+        "0 s", "89 s", "2 min", "1 h 00 min", "4 h 05 min", "3 d 4 h",
+    ]  # fmt: skip

@@ -1,9 +1,13 @@
-"""``metrics.jsonl`` in the dump folder: one line per logged step, beside upstream's console, TensorBoard and W&B."""
+"""``metrics.jsonl`` in the dump folder, one line per logged step, and how far a run has come, on the console.
+
+Both beside upstream's figures on the console, in TensorBoard and in W&B.
+"""
 
 import json
 import os
 import secrets
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +15,15 @@ from torchtitan.components.metrics import BaseLogger, LoggerContainer, MetricsPr
 from torchtitan.distributed import ParallelDims
 from torchtitan.experiments.lighthouse.job_config import MergedConfig
 from torchtitan.experiments.lighthouse.runs.records import METRICS_FILE, read_metrics, stage_of
-from torchtitan.experiments.lighthouse.seams.metrics import logs_here
+from torchtitan.experiments.lighthouse.seams.metrics import logs_here, print_colours_to_terminals_only, step_line
 from torchtitan.protocols.model import BaseModelArgs
 
 WANDB_ID_FILE = "wandb_id"
+
+STAGE_NAMES = {"stage1": "Stage 1", "stage2": "Stage 2", "dense": "dense"}
+
+#: The time left is what the steps since so many logged ones ago have taken, validation and checkpoints included.
+RECENT_LINES = 10
 
 #: Upstream's metric names, and ours in the file.
 _TRAIN_FIELDS = {
@@ -94,6 +103,41 @@ def _kept_id(folder: Path) -> str:
     return path.read_text().strip()
 
 
+class Progress:
+    """How far a run has come, in words."""
+
+    def __init__(self, stage: str, last_step: int) -> None:
+        self._stage = STAGE_NAMES[stage]
+        self._last_step = last_step
+        self._recent: deque[tuple[int, float]] = deque(maxlen=RECENT_LINES + 1)
+
+    def after(self, step: int, now: float) -> str:
+        """The beginning of the line of ``step``, logged at ``now`` seconds of any clock that does not jump."""
+        self._recent.append((step, now))
+        last = f"{self._last_step:,}"
+        return f"{self._stage}, step {step:>{len(last)},} of {last}, {self._left(step)}"
+
+    def _left(self, step: int) -> str:
+        (earlier, then), (_, now) = self._recent[0], self._recent[-1]
+        if step >= self._last_step:
+            return "finished"
+        if step == earlier:
+            return "time left not known yet"  # a first step says nothing about the others
+        return f"{in_words((self._last_step - step) * (now - then) / (step - earlier))} left"
+
+
+def in_words(seconds: float) -> str:
+    """A duration in one or two units: ``45 s``, ``3 min``, ``2 h 05 min``, ``3 d 4 h``."""
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    if hours < 48:
+        return f"{minutes // 60} h {minutes % 60:02} min"
+    return f"{hours // 24} d {hours % 24} h"
+
+
 class LighthouseMetricsProcessor(MetricsProcessor):
     def __init__(self, job_config: MergedConfig, parallel_dims: ParallelDims, tag: str | None = None) -> None:
         logs = logs_here(parallel_dims, job_config)
@@ -101,6 +145,8 @@ class LighthouseMetricsProcessor(MetricsProcessor):
             for name, value in wandb_environment(job_config).items():
                 os.environ.setdefault(name, value)
         super().__init__(job_config, parallel_dims, tag)
+        print_colours_to_terminals_only(self)
+        self._progress = Progress(stage_of(job_config), job_config.training.steps)
         if logs:
             loggers = LoggerContainer()
             loggers.add_logger(self.logger)
@@ -116,10 +162,11 @@ class LighthouseMetricsProcessor(MetricsProcessor):
         grad_norm: float,
         extra_metrics: dict[str, Any] | None = None,
     ) -> None:
-        """Upstream's, with tokens counted once: it adds up every rank of a sequence that is split."""
+        """Upstream's, with tokens counted once (it adds up every rank of a sequence that is split) and the progress."""
         if extra_metrics and "n_tokens_seen" in extra_metrics:
             extra_metrics["n_tokens_seen"] //= self.parallel_dims.cp
-        super().log(step, global_avg_loss, global_max_loss, grad_norm, extra_metrics)
+        with step_line(self._progress.after(step, time.monotonic())):
+            super().log(step, global_avg_loss, global_max_loss, grad_norm, extra_metrics)
 
 
 def build_metrics_processor(

@@ -1,0 +1,199 @@
+import argparse
+import fcntl
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import time_to_loss
+from time_to_loss import ARMS, PARTS, Arm, Stage, alone_in, crossing, loss_at, result_of, runs_of
+
+from helpers.text import write_documents
+
+DENSE, PUBLISHED = ARMS[0], ARMS[1]
+SCORE = {
+    "held_out_far": {"start": 16384, "loss": 1.9},
+    "recall_far": {"exact": 0.25},
+    "by_position": [{"start": 0, "end": 98304, "loss": 2.0, "loss_text": 1.5}],
+    "recall": [{"start": 0, "end": 98304, "exact": 0.5, "digits": 0.75}],
+    "device": "H200",
+    "torch": "2.11",
+}
+
+
+@pytest.fixture
+def options(tmp_path):
+    return argparse.Namespace(
+        output=tmp_path, steps=960, seq_len=98304, seed=0, overrides=["--optimizer.lr=2e-3"], commit="abc",
+        config=time_to_loss.REPOSITORY / "train_configs/32m_32k.toml",
+    )  # fmt: skip
+
+
+def test_every_arm_is_sixteen_sixteenths_and_names_mean_one_thing():
+    assert all(sum(stage.parts for stage in arm.stages) == PARTS and arm.cannot_run is None for arm in ARMS)
+    settings = {}
+    for arm in ARMS:
+        assert settings.setdefault(arm.stages[0].name, arm.stages[0].lighthouse) == arm.stages[0].lighthouse
+    assert len({arm.name for arm in ARMS}) == len(ARMS) and len(set(settings.values())) == len(settings) - 1
+    chains = {tuple((stage.name, stage.parts) for stage in arm.stages) for arm in ARMS}
+    assert len(chains) == len(ARMS)
+
+
+def test_chains_that_change_the_context_are_held_and_refused():
+    short, long = Stage("short", 8, context=8192), Stage("dense", 8)
+    assert "changes the context" in Arm("short, then long", (short, long)).cannot_run
+    through = Stage("published", 4, ())
+    assert "other than" in Arm("dense, Lighthouse, dense", (long, through, Stage("dense", 4))).cannot_run
+
+
+def test_an_arm_expands_to_its_commands(options):
+    first, second = runs_of(PUBLISHED, options)
+    assert (first.first, first.last, second.first, second.last) == (0, 600, 600, 960)
+    for words in ("--lighthouse.top_k=1536", "--training.seq_len=98304", "--lr_scheduler.total_steps=960",
+                  "--training.steps=600", "--checkpoint.interval=60", "--debug.seed=0"):  # fmt: skip
+        assert words in first.command
+    assert not any("validation" in word or "no-enable" in word for word in first.command)
+    # Lighthouse's own settings after those of all arms, and the user's last.
+    k1024 = runs_of(next(arm for arm in ARMS if arm.name == "k1024 10:6"), options)[0].command
+    assert k1024.index("--lighthouse.top_k=1024") > k1024.index("--lighthouse.top_k=1536")
+    assert k1024[-1] == second.command[-1] == "--optimizer.lr=2e-3"
+    assert str(first.checkpoints / "step-600") in second.command
+    assert {"--validation.enable", "--validation.freq=60", "--validation.steps=12"} < set(second.command)
+    (dense,) = runs_of(DENSE, options)
+    assert {"--lighthouse.no-enable", "--validation.seq_len=98304", "--training.steps=960"} < set(dense.command)
+
+
+def test_arms_share_their_beginning_and_nothing_else(options):
+    folders = {arm.name: [run.folder for run in runs_of(arm, options)] for arm in ARMS}
+    assert folders["published 10:6"][0] == folders["published 14:2"][0] != folders["delayed 14:2"][0]
+    last = [names[-1] for names in folders.values()]
+    assert len(set(last)) == len(ARMS)
+    options.seed = 1
+    assert not {run.folder for arm in ARMS for run in runs_of(arm, options)} & {
+        f for fs in folders.values() for f in fs
+    }
+
+
+def save(run, step):
+    (folder := run.checkpoints / f"step-{step}").mkdir(parents=True)
+    (folder / ".metadata").touch()
+
+
+def test_checkpoints_that_an_arm_may_start_from_stay(options):
+    run = runs_of(PUBLISHED, options)[0]
+    for step in range(60, 901, 60):
+        save(run, step)
+    time_to_loss.remove_checkpoints(run.checkpoints, options.steps)
+    assert {path.name for path in run.checkpoints.iterdir()} == {"step-600", "step-720", "step-840", "step-900"}
+
+
+def test_a_finished_stage_is_not_run_again_and_a_finished_arm_is_skipped(options, monkeypatch, capsys):
+    called = []
+
+    def call(command, log_file, device, inherited=()):
+        called.append(command)
+        run = next(one for one in runs_of(PUBLISHED, options) + runs_of(DENSE, options) if one.command == command)
+        save(run, run.last)
+        raise RuntimeError("killed right after the save")
+
+    monkeypatch.setattr(time_to_loss, "call", call)
+    monkeypatch.setattr(time_to_loss, "devices", lambda: [None])
+    options.arms = [PUBLISHED, DENSE]
+    first, second = runs_of(PUBLISHED, options)
+    assert time_to_loss.run(options) == 2 and len(called) == 2  # one arm's failure does not stop the next
+    assert time_to_loss.run(options) == 2 and called[2] == second.command  # on from where it stopped
+    time_to_loss.write_json(time_to_loss.result_file(PUBLISHED, options), {})
+    called.clear()
+    time_to_loss.run(options)
+    assert first.command not in called and "published 10:6, seed 0: already finished" in capsys.readouterr().out
+
+
+def test_a_trainer_that_outlives_the_study_keeps_its_folder_locked(tmp_path):
+    with alone_in(tmp_path / "run") as lock:
+        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(lock,))
+    again = os.open(tmp_path / "run.lock", os.O_RDWR)
+    with pytest.raises(BlockingIOError):
+        fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    child.communicate(b"\n")
+    fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(again)
+
+
+def test_devices_are_those_that_are_visible(monkeypatch):
+    for visible, devices in (("3,1", ["3", "1"]), ("GPU-5a", ["GPU-5a"]), ("", [None])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert time_to_loss.devices() == devices
+
+
+def write_metrics(run, steps, loss, rate, held_out=None):
+    run.folder.mkdir(parents=True)
+    with (run.folder / "metrics.jsonl").open("w") as file:
+        for step in steps:
+            record = {"step": step, "loss": loss(step), "tokens_seen": 100 * step, "tokens_per_second": rate}
+            # The first steps compile.
+            file.write(json.dumps(record if step > 20 else record | {"tokens_per_second": 1}) + "\n")
+            if held_out and not step % 60:
+                file.write(json.dumps({"step": step, "validation_loss": held_out(step), "tokens_per_second": 7}) + "\n")
+
+
+def made_up(options):
+    """Dense: one second per step, from 3 down to 2. The arm: half of it in Stage 1; from 2.4 down to 1.95."""
+    (dense,), (first, second) = runs_of(DENSE, options), runs_of(PUBLISHED, options)
+    write_metrics(dense, range(1, 961), lambda step: 2.5, 100, lambda step: 3 - step / 960)
+    # Shared with an arm that switches later: what comes after this arm's switch is not its own.
+    write_metrics(first, range(5, 841, 5), lambda step: 2.0 if step <= 600 else 9.0, 200)
+    write_metrics(second, range(601, 961), lambda step: 2.75 if step == 601 else 2.2, 100,
+                  lambda step: 2.4 - 0.45 * (step - 660) / 300)  # fmt: skip
+    return [result_of(DENSE, [dense], SCORE, options), result_of(PUBLISHED, [first, second], SCORE, options)]
+
+
+def test_a_result_holds_seconds_curve_and_spike(options):
+    dense, arm = made_up(options)
+    assert (dense["seconds"], dense["spike"], dense["held_out"]) == (960, None, 2.0)
+    assert arm["seconds"] == 600 / 2 + 360 and arm["spike"] == pytest.approx(0.75)
+    assert [point[:2] for point in arm["curve"]] == [[step, step - 300] for step in range(660, 961, 60)]
+    assert arm["gpu"] == "H200" and arm["settings"]["overrides"] == ["--optimizer.lr=2e-3"] and arm["commit"] == "abc"
+    assert arm["stages"][0]["last_training_loss"] == 2.0 and len(json.dumps(arm)) < 10_000
+
+
+def test_curves_are_straight_between_points():
+    curve = [[1, 10.0, 3.0], [2, 20.0, 2.0], [3, 40.0, 1.0]]
+    assert crossing(curve, 2.5) == 15 and crossing(curve, 1.25) == 35 and crossing(curve, 0.9) is None
+    assert crossing(curve, 3.5) == 10
+    assert loss_at(curve, 30) == 1.5 and loss_at(curve, 5) is None and loss_at(curve, 41) is None
+
+
+def test_the_report_compares_at_equal_tokens_and_at_equal_seconds(options, capsys):
+    results = options.output / "results"
+    for result in made_up(options):
+        time_to_loss.write_json(results / f"{result['arm'].replace(' ', '-')}.json", result)
+    time_to_loss.report(results, options.output / "report", None)
+    text = (options.output / "report/time_to_loss.md").read_text()
+    cells = [cell.strip() for cell in text.splitlines()[3].strip("|").split("|")]
+    # At 660 s dense was at 3 - 660/960 = 2.3125; the arm is at 2 after 360 + 60 * (0.4 / 0.45) * 5 seconds.
+    assert cells == ["published 10:6", "0", "660", "1.45", "1.9500", "-0.0500", "-0.3625", "627", "0.65", "1.9000",
+                     "+0.0000", "25.0%", "+0.750"]  # fmt: skip
+    assert "| published 10:6 | 0 | 2.0000 / 1.5000 |" in text and "| published 10:6 | 0 | 50.0% / 75.0% |" in text
+    assert (options.output / "report/time_to_loss.png").read_bytes().startswith(b"\x89PNG")
+    time_to_loss.report(results, options.output / "report", 1.0)
+    assert "not reached" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no finished arm"):
+        time_to_loss.report(options.output, options.output, None)
+
+
+def test_prepare_then_a_run_that_is_refused(tmp_path, monkeypatch):
+    def main(*arguments):
+        monkeypatch.setattr(sys, "argv", ["time_to_loss", *map(str, arguments), "--output", str(tmp_path / "out")])
+        time_to_loss.main()
+
+    books = write_documents(tmp_path / "books", train=40_000, validation=40_000)
+    with pytest.raises(SystemExit, match="run prepare first"):
+        main("run", "--arms", "dense")
+    main("prepare", "--text", books, "--seq-len", 1024, "--steps", 32)
+    assert json.loads((tmp_path / "out/text/about.json").read_text())["train"] == 32
+    with pytest.raises(SystemExit, match="without text/"):
+        main("prepare", "--text", books)
+    (tmp_path / "out/study.json").write_text('{"steps": 960}')
+    with pytest.raises(SystemExit, match="choose another --output"):
+        main("run", "--arms", "dense")
