@@ -7,8 +7,9 @@
 # training.steps, both stages together lr_scheduler.total_steps. Run the same command again after an interruption: what
 # is finished is skipped, what is not goes on from its last checkpoint.
 #
-#   NPROC=8        processes on this node (default: one a GPU, or one on CPU)
-#   DENSE_STEPS=N  also train the same model dense for N steps, to compare with
+#   NPROC=8          processes on this node (default: one per GPU, or one on CPU)
+#   DENSE_STEPS=N    also train the same model dense for N steps, to compare with
+#   MINUTES="1 1 2"  how long the phases take, where that is known: said at their beginning
 
 set -euo pipefail
 
@@ -23,18 +24,30 @@ nproc=${NPROC:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()
 train=(python -m torch.distributed.run --standalone "--nproc_per_node=$nproc"
     -m torchtitan.experiments.lighthouse.train --job.config_file "$config")
 scripts=$(dirname "$0")
+read -ra minutes <<<"${MINUTES:-}"
+phase=0 phases=$((${DENSE_STEPS:+1} + 2))
 
-echo "=== Stage 1: Lighthouse ==="
+# What comes, and how long it takes.
+announce() {
+    local takes=${minutes[phase]:-}
+    phase=$((phase + 1))
+    echo
+    echo "=== $phase of $phases: $1; ${takes:+about $takes min, }every line of a step says how much time is left ==="
+}
+
+announce "Stage 1, training through Lighthouse"
 "${train[@]}" --job.dump_folder "$output/stage1" "$@"
 
-echo "=== Stage 2: dense ==="
+announce "Stage 2, the same weights trained on with dense attention"
 python "$scripts/resume_dense.py" "$output/stage1" --dump-folder "$output/stage2"
 
 runs=("$output/stage1" "$output/stage2")
 if [[ -n ${DENSE_STEPS:-} ]]; then
-    echo "=== dense from scratch ==="
+    announce "for comparison, the same model dense from its first step"
     "${train[@]}" --job.dump_folder "$output/dense" "$@" --lighthouse.no-enable --training.steps "$DENSE_STEPS"
     runs+=("$output/dense")
 fi
 
+echo
+echo "=== The report, from $output/*/metrics.jsonl ==="
 python "$scripts/report.py" "${runs[@]}" --output "$output"

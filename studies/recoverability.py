@@ -6,8 +6,8 @@
 
 Every arm is one model (train_configs/32m_32k.toml) on the same tokens: Stage 1 for 10, 11 or 12 sixteenths of the
 steps, the rest dense; or all of them dense. ``run`` first cuts the texts into pieces of one sequence each and shuffles
-them, one shuffle per seed, held-out files apart, and then runs one arm per GPU at a time. Run again, it continues. ``report``
-writes recoverability.md and recoverability.png from the runs' metrics.jsonl.
+them, one shuffle per seed, held-out files apart, and then runs one arm per GPU at a time. Run again, it continues.
+``report`` writes recoverability.md and recoverability.png from the runs' metrics.jsonl.
 """
 
 from __future__ import annotations

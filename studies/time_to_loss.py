@@ -458,7 +458,8 @@ def start_and_run(options: argparse.Namespace) -> None:
         raise SystemExit(f"time_to_loss: {prepared} holds no prepared text; run prepare first, or name it: --prepared")
     about = json.loads((prepared / "about.json").read_text())
     options.seq_len, options.steps = about["seq_len"], about["steps"]
-    options.arms = [arm for arm in ARMS if arm.name in options.arms]
+    by_name = {arm.name: arm for arm in ARMS}
+    options.arms = [by_name[name] for name in dict.fromkeys(options.arms)]  # in the order that was asked for
     for arm in options.arms:
         if arm.cannot_run:
             raise SystemExit(f"time_to_loss: {arm.name!r} needs {arm.cannot_run}, which does not exist yet")

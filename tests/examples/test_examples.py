@@ -16,8 +16,10 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 def run(*words: str | Path) -> subprocess.CompletedProcess:
     """A Python program, on the CPU, without Triton's interpreter, which the test session may have switched on."""
     settings = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0", "HF_HUB_OFFLINE": "1"}
+    # Importing the trainer sets LOCAL_RANK in the process of the tests, which transformers takes for a launcher's.
+    clean = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")}
     return subprocess.run(
-        [sys.executable, *map(str, words)], capture_output=True, text=True, timeout=120, env=os.environ | settings
+        [sys.executable, *map(str, words)], capture_output=True, text=True, timeout=120, env=clean | settings
     )
 
 

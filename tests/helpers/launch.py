@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import torch
+import torchtitan.experiments.lighthouse.train_spec  # noqa: F401  registers the model
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torchtitan.config import ConfigManager
 from torchtitan.experiments.lighthouse.data.tokenizer import build_tokenizer

@@ -3,6 +3,7 @@ import bz2
 import gzip
 import json
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import recall
@@ -63,6 +64,13 @@ def test_a_question_says_how_far_back_its_value_was_told():
     for question in questions_in(raw.decode()):
         sentence = slice(question.value - KEY_LETTERS - 2, question.value + VALUE_DIGITS)
         assert raw.rfind(raw[sentence], 0, sentence.start) == sentence.start - question.distance
+
+
+def test_sentences_do_not_pile_up():
+    """Each is moved by those before it: not corrected for, the last ones would all be at the end."""
+    starts = [match.start() for match in PATTERN.finditer(piece().encode())]
+    runs = "".join("1" if after - before == SENTENCE else " " for before, after in pairwise(starts)).split()
+    assert max(map(len, runs), default=0) <= 4
 
 
 def test_every_planted_byte_is_known():

@@ -41,25 +41,75 @@ def test_tables_hold_every_figure(runs, tmp_path, capsys):
     assert table["dense"] == ["1–40", "40,000", "1.2500 ± 0.0000", "100"]
     assert table["spike, first dense step"] == ["3.5000 (+1.5000) at step 21"]
     assert table["dense steps until Stage 1's last level"] == ["3"]  # the mean of two steps is 2.5, then 1.5
-    assert table["dense steps until below dense"] == ["not within 20"]
+    assert table["first below dense after"] == ["not within 20"]
     assert table["last gap to dense"] == ["+0.2500 at step 40"]
     # 20,000 tokens at 400/s and 20,000 at 100/s, against 40,000 at 100/s.
     assert table["speed-up over dense at 40,000 tokens"] == ["1.60"]
     assert (tmp_path / "out/loss.png").read_bytes().startswith(b"\x89PNG")
+    headline = "Stage 1 ran 4.0 times as many tokens per second as dense attention."
     page = (tmp_path / "out/report.html").read_text()
+    assert headline in page and (tmp_path / "out/summary.md").read_text().startswith(headline)
     assert "data:image/png;base64," in page and 'src="http' not in page and "+0.2500 at step 40" in page
-    assert "report.html" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert headline in printed and f"Figure: {tmp_path / 'out/loss.png'}" in printed
 
 
-def test_a_run_that_overtakes_the_dense_one_says_when(tmp_path):
+@pytest.mark.parametrize(
+    "tail, said",
+    [
+        ([6.0] * 4 + [1.0] * 16, "5 dense steps, and stays below"),
+        ([1.0] + [6.0] * 19, "1 dense step, but does not stay: below at 1 of 20 logged steps, above it at the last"),
+        (
+            [1.0] + [6.0] * 9 + [1.0] * 10,
+            "1 dense step, but does not stay: below at 11 of 20 logged steps, below it at",
+        ),
+        ([4.5] * 20, "not within 20"),
+    ],
+)
+def test_a_run_that_overtakes_the_dense_one_says_when_and_for_how_long(tmp_path, tail, said):
     runs = [
         write_run(tmp_path / "stage1", "stage1", [5.0] * 10, tps=400),
-        write_run(tmp_path / "stage2", "stage2", [6.0] * 4 + [1.0] * 16, first_step=11),
+        write_run(tmp_path / "stage2", "stage2", tail, first_step=11),
         write_run(tmp_path / "dense", "dense", [4.0] * 30),
     ]
     (_, *switches) = report.tables(report.load_experiments(runs), 1)
     ((_, _, rows),) = switches
-    assert ("dense steps until Stage 1's last level", "5") in rows and ("dense steps until below dense", "5") in rows
+    assert dict(rows)["first below dense after"].startswith(said)
+    if tail[0] == 6.0:
+        assert ("dense steps until Stage 1's last level", "5") in rows
+
+
+def test_the_gap_to_the_dense_run_is_that_on_the_same_data(tmp_path):
+    """A hard batch just before the switch says nothing about the resumed model, which is 0.5 behind at every step."""
+    dense = [4.0] * 19 + [9.0] + [4.0, 7.0] * 10
+    runs = [
+        write_run(tmp_path / "stage1", "stage1", dense[:20]),
+        write_run(tmp_path / "stage2", "stage2", [loss + 0.5 for loss in dense[20:]], first_step=21),
+        write_run(tmp_path / "dense", "dense", dense),
+    ]
+    (_, (_, _, rows)) = report.tables(report.load_experiments(runs), 2)
+    assert dict(rows)["first below dense after"] == "not within 20"
+    assert dict(rows)["last gap to dense"] == "+0.5000 at step 40"
+
+
+def test_without_a_dense_run_stage_1_is_beside_stage_2(runs):
+    (sentence,) = report.headlines(report.load_experiments(runs[:2]))
+    assert sentence == "Stage 1 ran 4.0 times as many tokens per second as dense attention."
+    assert report.headlines(report.load_experiments(runs[2:])) == []
+
+
+def test_every_stage_looks_different(runs, tmp_path):
+    """Two runs with two stages each, and two dense ones: no two curves share colour and dashes, and none a label."""
+    more = [
+        write_run(tmp_path / "more/stage1", "stage1", [5.0] * 20),
+        write_run(tmp_path / "more/stage2", "stage2", [3.0] * 20, first_step=21),
+        write_run(tmp_path / "more/dense_again", "dense", [3.0] * 40),
+    ]
+    experiments = report.load_experiments([*runs, *more])
+    experiments[2].name = "another"
+    styles = [style for stages in report._styles(experiments) for style in stages]
+    assert len({style["color"] for style in styles}) == len({style["label"] for style in styles}) == 6
+    report.draw(experiments, 2, tmp_path / "loss.png")
 
 
 def test_hours_and_time_add_up_over_the_stages(runs):

@@ -5,8 +5,8 @@
     torchrun --nproc_per_node 8 scripts/eval_niah.py outputs/530m_stage1_dense/checkpoint/step-16000
 
 takes a run's dump folder (its newest checkpoint), one checkpoint/step-N, or a Hugging Face folder, and runs dense
-attention in every layer, whichever stage saved it. Every cell, a context and a depth, holds ten trials, one per digit. A
-trial is one forward pass, right if the passkey's token has the highest logit of the ten digits at the last position:
+attention in every layer, whichever stage saved it. Every cell, a context and a depth, holds ten trials, one per digit.
+A trial is one forward pass, right if the passkey's token has the highest logit of the ten digits at the last position:
 chance is 0.10. The paper's means at 530M: 0.72 for dense, 0.65 for k=1536 with the norm scorer.
 
 A prompt is exactly as long as its context, in tokens:

@@ -14,10 +14,13 @@ import base64
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import cycle, pairwise
 from pathlib import Path
 from statistics import fmean, median, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 #: Losses are noisy: the table and the smooth curves take means over so many logged steps, fewer for short runs.
 LONGEST_WINDOW = 10
@@ -153,6 +156,22 @@ def tables(experiments: list[Experiment], window: int) -> list[Table]:
     return [stages, *switches]
 
 
+def headlines(experiments: list[Experiment]) -> list[str]:
+    """What Stage 1 is for, a sentence for each run that has one: its rate beside that of dense attention.
+
+    The dense run's rate, or, where there is none, that of the same run's Stage 2, which is dense too.
+    """
+    dense = next((experiment for experiment in experiments if experiment.parts[0].name == "dense"), None)
+    sentences = []
+    for experiment in experiments:
+        stage1, beside = experiment.stage("stage1"), dense or experiment.stage("stage2")
+        if stage1.records and beside.records and beside.tokens_per_second:
+            whose = "" if len(experiments) <= 2 else f" of {experiment.name}"
+            times = stage1.tokens_per_second / beside.tokens_per_second
+            sentences.append(f"Stage 1{whose} ran {times:.1f} times as many tokens per second as dense attention.")
+    return sentences
+
+
 def _switch(experiment: Experiment, window: int) -> list[tuple[str, str]]:
     from torchtitan.experiments.lighthouse.runs.records import recovered_after
 
@@ -173,27 +192,46 @@ def _steps_per_line(part: Experiment) -> int:
 
 
 def _against(experiment: Experiment, dense: Experiment, window: int) -> list[tuple[str, str]]:
-    """Beside the dense run at the same steps."""
+    """Beside the dense run: differences at the same steps, so on the same data, as means over ``window`` of them."""
     stage2 = experiment.stage("stage2")
-    baseline = dict(zip(dense.steps, dense.smooth(window), strict=True))
-    gaps = [
-        (step, loss - baseline[step])
-        for step, loss in zip(stage2.steps, stage2.smooth(window), strict=True)
-        if step in baseline
-    ]
-    if not gaps:
+    differences = _differences(stage2, dense)
+    if not differences.records:
         return [(f"beside {dense.name}", "no step in common")]
-    crossed = next((step for step, gap in gaps if gap <= 0), None)
+    steps, gaps = differences.steps, differences.smooth(window)
     tokens = min(experiment.tokens[-1], dense.tokens[-1])
     ours, theirs = (run.device_seconds(tokens) for run in (experiment, dense))
     return [
-        (
-            f"dense steps until below {dense.name}",
-            f"{crossed - stage2.steps[0] + 1:,}" if crossed else f"not within {len(gaps):,}",
-        ),
-        (f"last gap to {dense.name}", f"{gaps[-1][1]:+.4f} at step {gaps[-1][0]:,}"),
+        (f"first below {dense.name} after", _first_below(steps, gaps, stage2.steps[0])),
+        (f"last gap to {dense.name}", f"{gaps[-1]:+.4f} at step {steps[-1]:,}"),
         (f"speed-up over {dense.name} at {tokens:,.0f} tokens", f"{theirs / ours:.2f}" if ours else "no rate yet"),
     ]
+
+
+def _differences(part: Experiment, dense: Experiment) -> Experiment:
+    """The losses of ``part`` minus the dense run's at the same steps, where both were logged."""
+    baseline = dict(zip(dense.steps, dense.losses, strict=True))
+    return Experiment(
+        part.name,
+        [
+            record | {"loss": record["loss"] - baseline[record["step"]]}
+            for record in part.records
+            if record["step"] in baseline
+        ],
+    )
+
+
+def _first_below(steps: list[int], gaps: list[float], first_step: int) -> str:
+    """After how many dense steps the gap was first not above 0, and whether it stayed so."""
+    at = next((i for i, gap in enumerate(gaps) if gap <= 0), None)
+    if at is None:
+        return f"not within {len(gaps):,}"
+    taken = steps[at] - first_step + 1
+    crossed = f"{taken:,} dense step{'s' if taken > 1 else ''}"
+    below = sum(gap <= 0 for gap in gaps)
+    if below == len(gaps) - at:
+        return f"{crossed}, and stays below"
+    end = "below" if gaps[-1] <= 0 else "above"
+    return f"{crossed}, but does not stay: below at {below:,} of {len(gaps):,} logged steps, {end} it at the last"
 
 
 def as_markdown(table: Table) -> str:
@@ -207,12 +245,13 @@ def as_markdown(table: Table) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def as_page(found: list[Table], picture: Path) -> str:
+def as_page(sentences: list[str], found: list[Table], picture: Path) -> str:
     """One HTML file that needs no other."""
 
     def row(cells: tuple[str, ...], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
+    said = "".join(f"<h1>{html.escape(sentence)}</h1>" for sentence in sentences)
     parts = [
         f"<h2>{html.escape(heading)}</h2><table>{row(header, 'th') if any(header) else ''}"
         + "".join(row(cells, "td") for cells in rows)
@@ -222,16 +261,46 @@ def as_page(found: list[Table], picture: Path) -> str:
     image = base64.b64encode(picture.read_bytes()).decode()
     style = (
         "body{font:15px sans-serif;max-width:75em;margin:2em auto;padding:0 1em;color:#222}img{max-width:100%}"
-        "table{border-collapse:collapse}td,th{padding:.3em .9em;border-bottom:1px solid #ddd;text-align:left}"
+        "h1{font-size:1.4em}table{border-collapse:collapse}"
+        "td,th{padding:.3em .9em;border-bottom:1px solid #ddd;text-align:left}"
     )
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Loss curves</title><style>{style}</style>'
-        f'<img alt="loss against steps, tokens and hours" src="data:image/png;base64,{image}">{"".join(parts)}</html>\n'
+        f'{said}<img alt="loss against steps and time" src="data:image/png;base64,{image}">{"".join(parts)}</html>\n'
     )
 
 
+#: Stage 1 light and Stage 2 dark, a pair per run that has both. The pairs differ in lightness too, for readers who do
+#: not see the colours; a dense run is dashed, black or grey.
+PAIRS = (("#56B4E9", "#0054A6"), ("#E69F00", "#B03A00"), ("#DDAACC", "#882255"), ("#66CCAA", "#117733"))
+GREYS = ("#000000", "#888888")
+DASHES = (0, (3, 2))
+
+#: A dense run's curve: thin, above the wide ones of the stages, so that curves that coincide are all seen.
+_ON_TOP = {"linewidth": 1.3, "zorder": 3}
+
+
+def _styles(experiments: list[Experiment]) -> list[list[dict[str, Any]]]:
+    """Label, colour and dashes of every stage of every run."""
+    pairs, greys = cycle(PAIRS), cycle(GREYS)
+    styles: list[list[dict[str, Any]]] = []
+    for experiment in experiments:
+        name = f"{experiment.name}: " if len(experiments) > 2 else ""
+        if experiment.parts[0].name == "dense":
+            styles.append(
+                [{"label": f"{experiment.name}, all steps", "color": next(greys), "linestyle": DASHES} | _ON_TOP]
+            )
+            continue
+        labels = {"stage1": f"{name}Stage 1, through Lighthouse", "stage2": f"{name}Stage 2, dense"}
+        colours = dict(zip(labels, next(pairs), strict=True))
+        styles.append(
+            [{"label": labels[part.name], "color": colours[part.name], "linewidth": 3} for part in experiment.parts]
+        )
+    return styles
+
+
 def draw(experiments: list[Experiment], window: int, path: Path) -> None:
-    """Loss against steps, tokens and wall-clock, raw and smoothed, with the switch marked."""
+    """Loss against steps (tokens, if the runs have unequal ones per step) and time, and minus the dense run's."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -240,28 +309,65 @@ def draw(experiments: list[Experiment], window: int, path: Path) -> None:
 
     longest = max(experiment.hours[-1] for experiment in experiments)
     unit, an_hour = ("hours", 1) if longest > 2 else ("minutes", 60)
-    figure, panels = plt.subplots(1, 3, figsize=(14, 4.2), dpi=130, layout="constrained", sharey=True)
-    for number, experiment in enumerate(experiments):
-        color = f"C{number}"
-        smooth = [loss for part in experiment.parts for loss in part.centred(window)]
-        times = [hours * an_hour for hours in experiment.hours]
-        switch = len(experiment.parts[0].records) if experiment.parts[-1].name == "stage2" else None
-        horizontal: tuple[Sequence[float], ...] = (experiment.steps, experiment.tokens, times)
-        for axes, along in zip(panels, horizontal, strict=True):
-            axes.plot(along, experiment.losses, color=color, alpha=0.3, linewidth=0.8)
-            axes.plot(along, smooth, color=color, linewidth=1.6, label=experiment.name)
-            if switch and switch < len(along):
-                axes.axvline((along[switch - 1] + along[switch]) / 2, color=color, linestyle=":", linewidth=1)
-    for axes, label in zip(panels, ("step", "tokens", f"{unit}, with start-up, validation and saving"), strict=True):
-        axes.set_xlabel(label)
+    per_step = {round(run.tokens[-1] / run.steps[-1]) for run in experiments}
+    dense = next((experiment for experiment in experiments if experiment.parts[0].name == "dense"), None)
+    compared = dense is not None and len(experiments) > 1
+    mosaic = [["loss", "time"], ["gap", "time"]] if compared else [["loss", "time"]]
+    figure, panels = plt.subplot_mosaic(
+        mosaic,  # type: ignore[arg-type]  # matplotlib's own type has no plain lists
+        figsize=(13, 5.5),
+        dpi=130,
+        layout="constrained",
+        height_ratios=[2, 1][: len(mosaic)],
+    )
+    panels["time"].sharey(panels["loss"])
+    for experiment, styles in zip(experiments, _styles(experiments), strict=True):
+        shown = {
+            "loss": (experiment.steps if len(per_step) == 1 else experiment.tokens, experiment.parts),
+            "time": ([hours * an_hour for hours in experiment.hours], experiment.parts),
+        }
+        if dense and experiment is not dense:
+            gaps = [_differences(part, dense) for part in experiment.parts]
+            shown["gap"] = ([step for part in gaps for step in part.steps], gaps)
+        for name, (along, parts) in shown.items():
+            _draw_parts(panels[name], along, parts, styles, window)
+    for name, axes in panels.items():
         axes.grid(alpha=0.25)
-    panels[1].xaxis.set_major_formatter(EngFormatter(sep=" "))
-    panels[0].set_ylabel("loss (nats per token)")
-    panels[0].legend(frameon=False)
-    title = f"Training loss, raw and as a mean over {window} logged steps; dotted: the switch to dense"
-    figure.suptitle(title, fontsize=10)
+        axes.set_ylabel("training loss (nats per token)" if name != "gap" else f"minus {dense.name}" if dense else "")
+    if len(per_step) > 1:
+        panels["loss"].xaxis.set_major_formatter(EngFormatter(sep=" "))
+    panels["loss"].set_xlabel("step" if len(per_step) == 1 else "tokens")
+    panels["time"].set_xlabel(f"{unit}, with start-up, validation and saving")
+    panels["time"].legend(frameon=False, loc="upper right")
+    if compared:
+        panels["gap"].axhline(0, color=GREYS[0], linewidth=1, linestyle=DASHES)
+        panels["gap"].set_xlabel("step")
+    thin = "" if window == 1 else f"; thick: means over {window} logged steps, thin: each of them"
+    figure.suptitle("\n".join([*headlines(experiments), f"Training loss{thin}"]), fontsize=11)
     figure.savefig(path)
     plt.close(figure)
+
+
+def _draw_parts(
+    axes: Axes, along: Sequence[float], parts: list[Experiment], styles: list[dict[str, Any]], window: int
+) -> None:
+    """A run's stages one after the other, with the switch marked between them."""
+    start = 0
+    for part, style in zip(parts, styles, strict=True):
+        here = along[start : start + len(part.records)]
+        if start and here:
+            _mark_switch(axes, (along[start - 1] + here[0]) / 2, style["color"])
+        axes.plot(here, part.losses, color=style["color"], alpha=0.3, linewidth=0.8, zorder=1)
+        axes.plot(here, part.centred(window), **style)
+        start += len(part.records)
+
+
+def _mark_switch(axes: Axes, at: float, color: str) -> None:
+    axes.axvline(at, color=color, linestyle=":", linewidth=1.2)
+    axes.annotate(
+        "switch to dense ", (at, 1), xycoords=("data", "axes fraction"), color=color, fontsize=9, rotation=90,
+        ha="right", va="top",
+    )  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -281,12 +387,13 @@ def write(experiments: list[Experiment], output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     window = common_window(experiments)
     found = tables(experiments, window)
-    text = "\n\n".join(as_markdown(table) for table in found)
+    sentences = headlines(experiments)
+    text = "\n\n".join([*sentences, *(as_markdown(table) for table in found)])
     written = [output / name for name in ("summary.md", "loss.png", "report.html")]
     written[0].write_text(text + "\n", encoding="utf-8")
     draw(experiments, window, written[1])
-    written[2].write_text(as_page(found, written[1]), encoding="utf-8")
-    print("\n" + text + "\n", *written, sep="\n")
+    written[2].write_text(as_page(sentences, found, written[1]), encoding="utf-8")
+    print(f"\n{text}\n\nFigure: {written[1]}\nFigure and tables on one page: {written[2]}\nTables: {written[0]}")
 
 
 if __name__ == "__main__":

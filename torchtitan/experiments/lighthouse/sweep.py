@@ -44,8 +44,8 @@ class Run:
 
 
 def _grid(
-    levels: int, pooling_factor: int, top_k: int, scorer: str, tokens_per_second: float, loss: float, stage1: int = 10_000,
-    split: bool = False,
+    levels: int, pooling_factor: int, top_k: int, scorer: str, tokens_per_second: float, loss: float,
+    stage1: int = 10_000, split: bool = False,
 ) -> Run:  # fmt: skip
     suffix = f"-{stage1 // 1000}k{(STEPS - stage1) // 1000}k" if split else ""
     return Run(
