@@ -330,7 +330,10 @@ def draw(experiments: list[Experiment], window: int, path: Path) -> None:
             gaps = [_differences(part, dense) for part in experiment.parts]
             shown["gap"] = ([step for part in gaps for step in part.steps], gaps)
         for name, (along, parts) in shown.items():
-            _draw_parts(panels[name], along, parts, styles, window)
+            at = _draw_parts(panels[name], along, parts, styles, window)
+            if at is not None and name != "gap":
+                panels[name].annotate("switch to dense ", (at, 1), xycoords=("data", "axes fraction"), rotation=90,
+                                      color=styles[-1]["color"], fontsize=9, ha="right", va="top")  # fmt: skip
     for name, axes in panels.items():
         axes.grid(alpha=0.25)
         axes.set_ylabel("training loss (nats per token)" if name != "gap" else f"minus {dense.name}" if dense else "")
@@ -350,24 +353,18 @@ def draw(experiments: list[Experiment], window: int, path: Path) -> None:
 
 def _draw_parts(
     axes: Axes, along: Sequence[float], parts: list[Experiment], styles: list[dict[str, Any]], window: int
-) -> None:
-    """A run's stages one after the other, with the switch marked between them."""
-    start = 0
+) -> float | None:
+    """A run's stages one after the other, with a line between them, whose place is returned."""
+    start, switch = 0, None
     for part, style in zip(parts, styles, strict=True):
         here = along[start : start + len(part.records)]
         if start and here:
-            _mark_switch(axes, (along[start - 1] + here[0]) / 2, style["color"])
+            switch = (along[start - 1] + here[0]) / 2
+            axes.axvline(switch, color=style["color"], linestyle=":", linewidth=1.2)
         axes.plot(here, part.losses, color=style["color"], alpha=0.3, linewidth=0.8, zorder=1)
         axes.plot(here, part.centred(window), **style)
         start += len(part.records)
-
-
-def _mark_switch(axes: Axes, at: float, color: str) -> None:
-    axes.axvline(at, color=color, linestyle=":", linewidth=1.2)
-    axes.annotate(
-        "switch to dense ", (at, 1), xycoords=("data", "axes fraction"), color=color, fontsize=9, rotation=90,
-        ha="right", va="top",
-    )  # fmt: skip
+    return switch
 
 
 def main(arguments: list[str] | None = None) -> None:
