@@ -19,7 +19,7 @@ install: $(INSTALLED)  ## install everything, at the tested versions, into .venv
 demo: install  ## the two-stage recipe in miniature, on a GPU or on the CPU, beside a dense run
 	@echo "Minutes are those of two idle CPU cores; other work on them slows the stages unequally."
 	@echo "After an interruption, 'make demo' goes on where it was; 'make clean' makes it start over."
-	@DENSE_STEPS=45 MINUTES="1 1 3" scripts/train_two_stage.sh train_configs/demo.toml outputs/demo
+	@DENSE_STEPS=60 MINUTES="1 1 2" scripts/train_two_stage.sh train_configs/demo.toml outputs/demo
 
 test: install  ## run the test suite
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
