@@ -270,8 +270,7 @@ def score(checkpoint: Path, file: Path, count: int) -> dict[str, Any]:
 
     settings = read_settings(checkpoint)
     seq_len, tokenizer = settings.training.seq_len, build_tokenizer(settings)
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    device = accelerator or torch.device("cpu")
+    device = positions.available_device()
     model = positions.load(checkpoint, settings, dense=True, device=device)
     edges = positions.default_edges(seq_len)
     all_bytes, text_only = ([positions.Bucket(*ends) for ends in pairwise(edges)] for _ in range(2))
@@ -287,10 +286,10 @@ def score(checkpoint: Path, file: Path, count: int) -> dict[str, Any]:
         # The last label is the end of text, which is none.
         of_text = ~torch.tensor([*planted_bytes(piece), True])
         for bucket in [*all_bytes, beyond]:
-            _add(bucket, loss[bucket.start : bucket.end])
+            bucket.add(loss[bucket.start : bucket.end])
         for bucket in text_only:
             part = slice(bucket.start, bucket.end)
-            _add(bucket, loss[part][of_text[part]])
+            bucket.add(loss[part][of_text[part]])
     recall, recall_far = score_recall(answers, seq_len)
     return {
         "sequences": len(losses),
@@ -310,9 +309,12 @@ def score(checkpoint: Path, file: Path, count: int) -> dict[str, Any]:
     }
 
 
-def _add(bucket: Any, loss: Any) -> None:
-    bucket.tokens += loss.numel()
-    bucket.nats += loss.sum().item()
+def write_json(file: Path, content: Any) -> None:
+    """Whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(file)
 
 
 def main() -> None:
@@ -327,9 +329,7 @@ def main() -> None:
 
     with exit_on_refusal("recall"):
         result = score(find_checkpoint(options.checkpoint), options.text, options.sequences)
-    unfinished = options.output.with_name(f"{options.output.name}.unfinished")
-    unfinished.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(options.output)
+    write_json(options.output, result)
     print(json.dumps({key: result[key] for key in ("held_out", "recall_far", "recall")}))
 
 

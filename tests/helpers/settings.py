@@ -1,8 +1,7 @@
-"""Settings as the trainer sees them, and models built from them without memory."""
+"""Settings and model arguments as the trainer sees them."""
 
 from pathlib import Path
 
-import torch
 import torchtitan.experiments.lighthouse.train_spec  # noqa: F401  registers the model
 from torchtitan.config import ConfigManager
 from torchtitan.protocols.train_spec import get_train_spec
@@ -19,8 +18,3 @@ def model_args(job_config):
     args = get_train_spec(job_config.model.name).model_args[job_config.model.flavor]
     args.update_from_config(job_config)
     return args
-
-
-def build_on_meta(job_config):
-    with torch.device("meta"):
-        return get_train_spec(job_config.model.name).model_cls(model_args(job_config))

@@ -6,12 +6,15 @@ import subprocess
 import sys
 
 import pytest
+import recall
 import time_to_loss
-from time_to_loss import ARMS, PARTS, Arm, Stage, alone_in, crossing, loss_at, result_of, runs_of
+from time_to_loss import ARMS, PARTS, Arm, Stage, alone_in, result_of, runs_of
+from time_to_loss_report import crossing, loss_at
 
 from helpers.text import write_documents
 
 DENSE, PUBLISHED = ARMS[0], ARMS[1]
+ORDER = [arm.name for arm in ARMS]
 SCORE = {
     "held_out_far": {"start": 16384, "loss": 1.9},
     "recall_far": {"exact": 0.25},
@@ -103,7 +106,7 @@ def test_a_finished_stage_is_not_run_again_and_a_finished_arm_is_skipped(options
     first, second = runs_of(PUBLISHED, options)
     assert time_to_loss.run(options) == 2 and len(called) == 2  # one arm's failure does not stop the next
     assert time_to_loss.run(options) == 2 and called[2] == second.command  # on from where it stopped
-    time_to_loss.write_json(time_to_loss.result_file(PUBLISHED, options), {})
+    recall.write_json(time_to_loss.result_file(PUBLISHED, options), {})
     called.clear()
     time_to_loss.run(options)
     assert first.command not in called and "published 10:6, seed 0: already finished" in capsys.readouterr().out
@@ -167,8 +170,8 @@ def test_curves_are_straight_between_points():
 def test_the_report_compares_at_equal_tokens_and_at_equal_seconds(options, capsys):
     results = options.output / "results"
     for result in made_up(options):
-        time_to_loss.write_json(results / f"{result['arm'].replace(' ', '-')}.json", result)
-    time_to_loss.report(results, options.output / "report", None)
+        recall.write_json(results / f"{result['arm'].replace(' ', '-')}.json", result)
+    time_to_loss.report(results, options.output / "report", None, ORDER)
     text = (options.output / "report/time_to_loss.md").read_text()
     cells = [cell.strip() for cell in text.splitlines()[3].strip("|").split("|")]
     # At 660 s dense was at 3 - 660/960 = 2.3125; the arm is at 2 after 360 + 60 * (0.4 / 0.45) * 5 seconds.
@@ -176,10 +179,10 @@ def test_the_report_compares_at_equal_tokens_and_at_equal_seconds(options, capsy
                      "+0.0000", "25.0%", "+0.750"]  # fmt: skip
     assert "| published 10:6 | 0 | 2.0000 / 1.5000 |" in text and "| published 10:6 | 0 | 50.0% / 75.0% |" in text
     assert (options.output / "report/time_to_loss.png").read_bytes().startswith(b"\x89PNG")
-    time_to_loss.report(results, options.output / "report", 1.0)
+    time_to_loss.report(results, options.output / "report", 1.0, ORDER)
     assert "not reached" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="no finished arm"):
-        time_to_loss.report(options.output, options.output, None)
+        time_to_loss.report(options.output, options.output, None, ORDER)
 
 
 def test_prepare_then_a_run_that_is_refused(tmp_path, monkeypatch):

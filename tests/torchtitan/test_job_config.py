@@ -6,8 +6,9 @@ import textwrap
 import pytest
 from torchtitan.experiments.lighthouse import lighthouse_args
 from torchtitan.experiments.lighthouse.job_config import check_degrees, parse_layers
+from torchtitan.experiments.lighthouse.runs.settings import build_model
 
-from helpers.settings import REPOSITORY, build_on_meta, model_args, parse
+from helpers.settings import REPOSITORY, model_args, parse
 
 CONFIGS = sorted((REPOSITORY / "train_configs").glob("*.toml"))
 PARAMETERS = {"530m": 530_117_632, "268m": 268_104_704, "32m": 32_451_072, "debug": 1_361_536, "debug_gqa": 1_263_232}
@@ -51,7 +52,7 @@ def test_layers_outside_the_model_or_no_layers_at_all(layers, message):
 def test_every_config_parses_and_builds(config):
     job_config = parse(config.name)
     args = model_args(job_config)
-    model = build_on_meta(job_config)
+    model = build_model(job_config)
     count, flops = args.get_nparams_and_flops(model, job_config.training.seq_len)
     assert count == PARAMETERS[job_config.model.flavor] and flops > 0
     # What Stage 2 rests on.
@@ -63,7 +64,7 @@ def test_every_config_parses_and_builds(config):
 
 @pytest.mark.parametrize("flavor", PARAMETERS)
 def test_parameter_counts(flavor):
-    model = build_on_meta(parse("debug.toml", "--model.flavor", flavor, "--lighthouse.no-enable"))
+    model = build_model(parse("debug.toml", "--model.flavor", flavor, "--lighthouse.no-enable"))
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[flavor]
 
 
@@ -72,7 +73,7 @@ def test_530m_is_the_papers():
     assert (args.dim, args.n_layers, args.n_heads, args.n_kv_heads) == (1024, 30, 8, None)
     assert (args.vocab_size, args.rope_theta) == (128256, 10000)
     stage1, dense = parse("530m_stage1.toml"), parse("530m_dense.toml")
-    assert build_on_meta(dense).layers["0"].feed_forward.w1.weight.shape == (1536, 1024)
+    assert build_model(dense).layers["0"].feed_forward.w1.weight.shape == (1536, 1024)
     for config, steps in ((stage1, 10_000), (dense, 16_000)):
         assert (config.training.steps, config.lr_scheduler.total_steps, config.lr_scheduler.warmup_steps) == (
             steps, 16_000, 2_000,
@@ -87,7 +88,7 @@ def test_530m_is_the_papers():
 
 
 def test_layers_2_to_27_and_only_those_are_routed():
-    model = build_on_meta(parse("530m_stage1.toml"))
+    model = build_model(parse("530m_stage1.toml"))
     attentions = {int(name): layer.attention for name, layer in model.layers.items()}
     routed = {layer for layer, attention in attentions.items() if attention.lighthouse is not None}
     assert routed == set(range(2, 28))
@@ -208,7 +209,7 @@ def test_flops_count_what_each_layer_attends():
 
     def flops(*overrides):
         config = parse("530m_stage1.toml", *overrides)
-        return model_args(config).get_nparams_and_flops(build_on_meta(config), 98304)[1]
+        return model_args(config).get_nparams_and_flops(build_model(config), 98304)[1]
 
     dense, stage1 = flops("--lighthouse.no-enable"), flops()
     per_key = 6 * 8 * 256  # heads, and query-key plus value dimensions

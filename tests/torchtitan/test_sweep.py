@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from torchtitan.experiments.lighthouse import sweep
+from torchtitan.experiments.lighthouse.runs.settings import build_model
 
 from helpers.launch import REPOSITORY, config_of, losses, run
-from helpers.settings import build_on_meta
 
 #: Selected rows as the paper's table prints them.
 PUBLISHED_ROWS = {
@@ -24,7 +24,7 @@ PUBLISHED_ROWS = {
 @pytest.mark.parametrize("name", sweep.RUNS)
 def test_every_run_builds_with_the_published_geometry(name):
     settings = sweep.settings_of(sweep.RUNS[name])
-    model = build_on_meta(settings)
+    model = build_model(settings)
     assert sum(p.numel() for p in model.parameters()) == 530_117_632
     assert settings.lr_scheduler.total_steps == 16_000 and settings.checkpoint.enable
     if name in PUBLISHED_ROWS:

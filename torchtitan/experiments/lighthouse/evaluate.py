@@ -60,8 +60,7 @@ def evaluate_and_write(options: argparse.Namespace) -> None:
     except FileNotFoundError as error:
         raise Refused(error) from error
 
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    device = accelerator or torch.device("cpu")
+    device = positions.available_device()
     model = positions.load(checkpoint, settings, dense=not options.as_trained, device=device)
     sequences = positions.read_sequences(settings, tokenizer, *data, options.sequences)
     buckets, count = positions.by_position(model, sequences, edges, tokenizer, device)

@@ -116,6 +116,11 @@ def load_experiments(runs: list[Path]) -> list[Experiment]:
     return experiments
 
 
+def baseline_of(experiments: list[Experiment]) -> Experiment | None:
+    """The first dense run, which the others are compared with."""
+    return next((experiment for experiment in experiments if experiment.parts[0].name == "dense"), None)
+
+
 def common_window(experiments: list[Experiment]) -> int:
     """One window for all curves, so that they can be compared: a tenth of the shortest stage, within limits."""
     shortest = min(len(part.records) for experiment in experiments for part in experiment.parts)
@@ -143,7 +148,7 @@ def tables(experiments: list[Experiment], window: int) -> list[Table]:
                 )
             )
     stages = ("Runs", ("run", "steps", "tokens seen", f"loss, mean of last {window}", "tokens/s/device"), rows)
-    dense = next((experiment for experiment in experiments if experiment.parts[0].name == "dense"), None)
+    dense = baseline_of(experiments)
     switches: list[Table] = [
         (
             f"The switch of {experiment.name}",
@@ -161,7 +166,7 @@ def headlines(experiments: list[Experiment]) -> list[str]:
 
     The dense run's rate, or, where there is none, that of the same run's Stage 2, which is dense too.
     """
-    dense = next((experiment for experiment in experiments if experiment.parts[0].name == "dense"), None)
+    dense = baseline_of(experiments)
     sentences = []
     for experiment in experiments:
         stage1, beside = experiment.stage("stage1"), dense or experiment.stage("stage2")
@@ -310,7 +315,7 @@ def draw(experiments: list[Experiment], window: int, path: Path) -> None:
     longest = max(experiment.hours[-1] for experiment in experiments)
     unit, an_hour = ("hours", 1) if longest > 2 else ("minutes", 60)
     per_step = {round(run.tokens[-1] / run.steps[-1]) for run in experiments}
-    dense = next((experiment for experiment in experiments if experiment.parts[0].name == "dense"), None)
+    dense = baseline_of(experiments)
     compared = dense is not None and len(experiments) > 1
     mosaic = [["loss", "time"], ["gap", "time"]] if compared else [["loss", "time"]]
     figure, panels = plt.subplot_mosaic(

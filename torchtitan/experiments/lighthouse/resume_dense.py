@@ -72,7 +72,7 @@ def resume(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    # The parser of job_config, which all commands with overrides share, would import torch.
+    # As launch.split_overrides, whose import would bring torch.
     at = arguments.index("--") if "--" in arguments else len(arguments)
     arguments, overrides = arguments[:at], arguments[at + 1 :]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

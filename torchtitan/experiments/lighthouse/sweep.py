@@ -190,6 +190,7 @@ def table(outputs: Path) -> str:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
+    # As launch.split_overrides, whose import would bring torch.
     at = arguments.index("--") if "--" in arguments else len(arguments)
     arguments, overrides = arguments[:at], arguments[at + 1 :]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

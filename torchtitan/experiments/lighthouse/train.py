@@ -80,12 +80,14 @@ class LighthouseTrainer(seam.HookedTrainer):
                 "remedy."
             )
 
+    def check_loaded(self) -> None:
+        if self.step == 0 and stage_of(self.job_config) == "stage2":
+            stage2.refuse_unloaded(self.job_config, self._checkpoint_folder())
+
     def log_start(self) -> None:
         stage, config = stage_of(self.job_config), self.job_config
         self._log_layers(stage)
         if self.step == 0:
-            if stage == "stage2":
-                stage2.refuse_unloaded(config, self._checkpoint_folder())
             return
         logger.info(f"Resuming after step {self.step}")
         saved, scheduled = seam.learning_rates(self)

@@ -46,6 +46,12 @@ class Bucket:
     def bits_per_byte(self) -> float:
         return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
 
+    def add(self, losses: Tensor, bytes: int = 0) -> None:
+        """Count tokens with these losses, float64 on the host, that stand for so many bytes."""
+        self.nats += losses.sum().item()
+        self.tokens += losses.numel()
+        self.bytes += bytes
+
     def record(self) -> dict[str, int | float]:
         return asdict(self) | {"loss": self.loss, "bits_per_byte": self.bits_per_byte}
 
@@ -124,6 +130,12 @@ def read_sequences(
         raise Refused(f"--dataset {dataset} --dataset-path {dataset_path}: {error}") from error
 
 
+def available_device() -> torch.device:
+    """The accelerator, or the CPU where there is none."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")
+
+
 def load(checkpoint: Path, settings: MergedConfig, *, dense: bool, device: torch.device) -> LighthouseTransformer:
     """``load_model`` for a length that may not be the run's own.
 
@@ -189,9 +201,7 @@ def by_position(
         count += len(loss)
         for bucket in buckets:
             part = slice(bucket.start, bucket.end)
-            bucket.nats += loss[:, part].sum().item()
-            bucket.tokens += loss[:, part].numel()
-            bucket.bytes += sum(utf8_bytes(row, tokenizer) for row in labels[:, part].tolist())
+            bucket.add(loss[:, part], sum(utf8_bytes(row, tokenizer) for row in labels[:, part].tolist()))
     return buckets, count
 
 

@@ -111,9 +111,8 @@ class LighthouseModelArgs(TransformerModelArgs):
             attention = self.n_heads * head_dims
             dense = 6 * attention * seq_len
             selected = 6 * attention * self.lighthouse.selected_length(seq_len) ** 2 / seq_len
-            scored = (
-                2 * 2 * attention * self._scorer_keys(self.lighthouse, seq_len)
-            )  # two forward passes, two operations a product
+            # Two forward passes, two operations per product.
+            scored = 2 * 2 * attention * self._scorer_keys(self.lighthouse, seq_len)
             flops += len(self.lighthouse_layers) * round(selected + scored - dense)
         return nparams, flops
 

@@ -41,8 +41,11 @@ class HookedTrainer(upstream.Trainer):
     def check_before_build(self) -> None:
         """Before anything is built: the settings are there, no process group and no device yet."""
 
-    def log_start(self) -> None:
+    def check_loaded(self) -> None:
         """Once, after a checkpoint was loaded or none was found, before the first batch."""
+
+    def log_start(self) -> None:
+        """After ``check_loaded``."""
 
     def check_before_optimizer_step(self) -> None:
         """Gradients are there and clipped; ``step_losses`` holds the losses of the step's micro-batches."""
@@ -75,6 +78,7 @@ class HookedTrainer(upstream.Trainer):
 
     def batch_generator(self, data_iterable: Iterable[Batch]) -> Iterator[Batch]:
         # Upstream asks for the batches right after it has loaded a checkpoint, or has not.
+        self.check_loaded()
         self.log_start()
         return on_host(super().batch_generator(data_iterable))
 
