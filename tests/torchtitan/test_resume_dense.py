@@ -7,10 +7,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from torchtitan.experiments.lighthouse import resume_dense
+from torchtitan.experiments.lighthouse import report, resume_dense
 from torchtitan.experiments.lighthouse.errors import Refused
 from torchtitan.experiments.lighthouse.runs import launch
-from torchtitan.experiments.lighthouse.runs import stage2 as contract
+from torchtitan.experiments.lighthouse.runs import next_stage as contract
 
 from helpers.launch import (
     REPOSITORY,
@@ -22,6 +22,7 @@ from helpers.launch import (
     load_checkpoint,
     losses,
     metrics,
+    next_batches,
     run,
     train,
 )
@@ -94,6 +95,133 @@ def test_stage_2_takes_everything_over_and_survives_interruption(stage1, tmp_pat
     assert f"Loading the checkpoint from {stage2}/checkpoint/step-6" in longer and 7 in losses(stage2)
 
 
+@pytest.fixture(scope="module")
+def short(tmp_path_factory) -> Path:
+    """Two dense steps of four sequences at 512 tokens, the first stage of a chain of six."""
+    folder = tmp_path_factory.mktemp("chain") / "short"
+    train(
+        folder, training__steps="2", training__seq_len="512", training__local_batch_size="4", lighthouse__no_enable=None,
+        lr_scheduler__total_steps="6",
+    )  # fmt: skip
+    return folder
+
+
+def test_a_chain_changes_attention_and_context_and_keeps_all_else(short, tmp_path):
+    """Dense at 512 tokens, through Lighthouse at 2,048, dense at 2,048: one schedule, one stream of tokens."""
+    middle, last = tmp_path / "middle", tmp_path / "last"
+    words = ["--attention", "lighthouse", "--seq-len", 2048, "--total-steps", 4, "--dump-folder", middle]
+    log = resume(short, *words, "--", "--lighthouse.layers", "1-3").stdout
+    assert f"Stage 2 from {short}/checkpoint/step-2 (step 2) to step 4, through Lighthouse" in log
+    assert "training.seq_len: 512 -> 2048" in log and "training.local_batch_size: 4 -> 1" in log
+    assert "Lighthouse in 3 of 6 layers (1-3)" in log and f"Stage 1 checkpoint: {short}/checkpoint/step-2" in log
+    assert re.search(r"stage2 starts after step 2, 4,096 tokens seen; learning rate (\S+) before .*, \1 after", log)
+    log = resume(middle, "--dump-folder", last).stdout
+    assert f"Stage 3 from {middle}/checkpoint/step-4 (step 4) to step 6, dense" in log and "Stage 3, step 5 of 6" in log
+    assert "dense in all 6 layers" in log and f"Stage 2 checkpoint: {middle}/checkpoint/step-4" in log
+    records = [record for folder in (short, middle, last) for record in metrics(folder)]
+    assert [record["stage"] for record in records] == ["dense"] * 2 + ["stage2"] * 2 + ["stage3"] * 2
+    assert [record["tokens_seen"] for record in records] == [2048 * step for step in range(1, 7)]
+
+    # By upstream's own means: the run's folder copied, and the settings changed.
+    manual = shutil.copytree(short, tmp_path / "manual")
+    train(
+        manual, training__steps="4", training__seq_len="2048", lighthouse__layers="1-3", lr_scheduler__total_steps="6"
+    )
+    ours, theirs = (load_checkpoint(r / "checkpoint/step-4", tmp_path / f"all-{r.name}") for r in (middle, manual))
+    assert losses(middle) == {step: losses(manual)[step] for step in (3, 4)}
+    assert_same_training_state(ours, theirs)
+
+    # A sequence takes one token more than its length, the last label; the next one begins with the very next token.
+    (stream, *_), taken = next_batches(None, 0, 1, seq_len=20_000), 0
+    for folder, step, tokens in ((short, 2, 2 * 4 * 513), (middle, 4, 2 * 2049), (last, 6, 2 * 2049)):
+        taken += tokens
+        (batch, *_) = next_batches(load_checkpoint(folder / f"checkpoint/step-{step}", tmp_path / folder.name), 0, 1)
+        assert batch[0].tolist() == stream[0, taken : taken + 1024].tolist()
+
+    report.main([*map(str, (short, middle, last)), "--output", str(tmp_path / "report")])
+    text = (tmp_path / "report/summary.md").read_text()
+    assert "Stage 2 (Lighthouse, 2,048 tokens)" in text and "Stage 3 (dense, 2,048 tokens)" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--seq-len", "768"], r"training.seq_len=768: Stage 1 has 2,048 tokens per step.* nearest valid value: --seq-len 512"),
+        (["--seq-len", "4096"], r"training.seq_len=4096: .* nearest valid value: --seq-len 2048"),
+        (["--seq-len", "0"], r"training.seq_len=0: .* nearest valid value: --seq-len 2$"),
+        (["--seq-len", "1023", "--attention", "lighthouse"], r"nearest valid value: --seq-len 1024"),
+        (["--seq-len", "100", "--attention", "lighthouse"], r"nearest valid value: --seq-len 512"),
+        (["--attention", "lighthouse", "--", "--lighthouse.pooling_factor", "4"], "cannot be built: .*nearest valid"),
+        (["--attention", "lighthouse", "--", "--lighthouse.layers", "2-27"], "cannot be built: .* nearest valid layer: 5"),
+        (["--attention", "dense"], "Stage 2 would be Stage 1 again, dense at 512 tokens"),
+        (["--", "--training.seq_len", "2048"],
+         r"seq_len=2048 with 4 sequence.* value: training.global_batch_size 1, which --seq-len 2048 sets"),
+        (["--seq-len", "1024", "--", "--training.local_batch_size", "3"],
+         r"local_batch_size=3: must divide the 2 sequence\(s\) .*; nearest valid value: 2"),
+        (["--seq-len", "1024", "--", "--training.dataloader.num_workers", "1"],
+         "different data workers: training.dataloader.num_workers is 0 in Stage 1 and 1 here"),
+        (["--seq-len", "1024", "--", "--lighthouse.stage", "7"], "lighthouse.stage must stay 2 in Stage 2"),
+        (["--seq-len", "1024", "--", "--validation.enable", "--validation.seq_len", "2048"],
+         "cannot be built: validation.seq_len=2048: must be at most training.seq_len=1024"),
+        (["--seq-len", "2048", "--torchrun", "--standalone --nproc_per_node 2", "--", "--checkpoint.exclude_from_loading",
+          "dataloader"], r"training.seq_len=2048: .*each of 2 data-parallel rank\(s\); nearest valid value: --seq-len 1024"),
+        (["--seq-len", "2048", "--", "--model.flavor", "debug_gqa"], "different architecture: model.flavor"),
+    ],
+)  # fmt: skip
+def test_refuses_a_stage_that_does_not_fit_the_chain(words, message, short, capsys):
+    at = words.index("--") if "--" in words else len(words)
+    before = contents(short.parent)
+    assert re.search(message, refusal(capsys, short, *words[:at], "--dry-run", "--", *words[at + 1 :]))
+    assert contents(short.parent) == before and [path.name for path in short.parent.iterdir()] == ["short"]
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "local", "sequences"), [(128, 16, 16), (1024, 2, 2), (2048, 1, 1)]
+)  # fmt: skip
+def test_the_batch_sizes_follow_the_context(seq_len, local, sequences, short, capsys):
+    resume_dense.main([str(short), "--seq-len", str(seq_len), "--dry-run"])
+    printed = capsys.readouterr().out
+    settings = tomllib.loads(printed.partition("stage2.toml would hold:\n")[2].rpartition("\n\n")[0])
+    training = settings["training"]
+    assert (training["seq_len"], training["local_batch_size"], training["global_batch_size"]) == (
+        seq_len, local, sequences,
+    )  # fmt: skip
+    assert f"in {short}_dense_{seq_len}, 1 process(es)" in printed
+
+
+def test_batches_that_do_not_fit_at_once_are_accumulated(short, tmp_path):
+    """Eight sequences a step on two ranks, two at a time; at a quarter of the length 32, eight at a time, and at four
+    times the length two, one at a time."""
+    training = {"seq_len": 512, "local_batch_size": 2, "global_batch_size": 8}
+    ranks = {f"dataloader.dp_rank_{rank}": None for rank in range(2)}
+    before = contract.StageBefore({"training": training}, short, SimpleNamespace(state_dict_metadata=ranks))
+    for seq_len, local, sequences in ((128, 8, 32), (2048, 1, 2), (1024, 1, 4)):
+        batches = contract._batches_at(before, seq_len)
+        assert batches == {"seq_len": seq_len, "local_batch_size": local, "global_batch_size": sequences}
+
+
+def test_a_folder_holds_one_stage_with_one_context(short, tmp_path, capsys):
+    folder = tmp_path / "stage2"
+    folder.mkdir()
+    there = config_of(short)
+    there["lighthouse"] |= {"enable": True, "stage1_checkpoint": f"{short}/checkpoint/step-2"}
+    there["training"]["seq_len"] = 2048
+    (folder / "config.json").write_text(json.dumps(there))
+    words = ["--dump-folder", folder, "--attention"]
+    message = refusal(capsys, short, *words, "dense", "--seq-len", 2048)
+    assert "already holds Stage 2 through Lighthouse at 2,048 tokens, and this one is dense at 2,048;" in message
+    assert "and this one is through Lighthouse at 512" in refusal(capsys, short, *words, "lighthouse")
+    resume_dense.main([str(short), *map(str, words), "lighthouse", "--seq-len", "2048", "--dry-run"])
+
+
+def test_a_later_stage_does_not_inherit_a_position_that_was_given_up(copy, capsys):
+    config = config_of(copy)
+    config["checkpoint"]["exclude_from_loading"] = ["dataloader"]
+    (copy / "config.json").write_text(json.dumps(config))
+    resume_dense.main([str(copy), "--dry-run"])
+    assert "exclude_from_loading = []" in capsys.readouterr().out
+
+
 def test_dry_run_prints_a_command_and_its_settings(stage1, tmp_path, capsys):
     folder = tmp_path / "dry"
     resume_dense.main([str(stage1), "--dump-folder", str(folder), "--dry-run", "--", "--metrics.log_freq", "5"])
@@ -138,13 +266,13 @@ def test_settings_that_toml_cannot_hold_survive(copy, capsys):
     assert "--parallelism.context_parallel_load_balancer None" in capsys.readouterr().out
 
 
-def test_refuses_what_is_no_stage_1(copy, tmp_path, capsys):
+def test_refuses_what_is_no_run(copy, tmp_path, capsys):
     assert "no such folder" in refusal(capsys, tmp_path / "absent")
     assert "config.json is missing" in refusal(capsys, tmp_path)
     config = config_of(copy)
-    config["lighthouse"]["enable"] = False
+    del config["lighthouse"]
     (copy / "config.json").write_text(json.dumps(config))
-    assert "no Stage 1 run" in refusal(capsys, copy)
+    assert "has no [lighthouse] section" in refusal(capsys, copy)
 
 
 def test_refuses_incomplete_checkpoints(copy, capsys):
@@ -278,3 +406,9 @@ def test_the_trainer_holds_stage_2_to_the_same_contract(copy, monkeypatch):
         check("--model.flavor=debug_gqa")
     with pytest.raises(Refused, match=r"different dataset: training\.dataset is"):
         check("--training.dataset=stdlib_validation")
+    check("--lighthouse.enable", "--training.seq_len=512", "--training.local_batch_size=2")
+    with pytest.raises(Refused, match="Stage 1 has 1,024 tokens per step"):
+        check("--training.seq_len=512")
+    with pytest.raises(Refused, match="would be Stage 1 again, through Lighthouse at 1,024 tokens"):
+        check("--lighthouse.enable")
+    check("--lighthouse.enable", "--lighthouse.layers=1-3")

@@ -61,11 +61,13 @@ def loader(
     ranks: int = 1,
     workers: int = 0,
     infinite=True,
+    seq_len: int = SEQ_LEN,
+    batch: int = BATCH,
 ) -> ParallelAwareDataloader:
     config = JobConfig()
     config.model.hf_assets_path = BYTE_TOKENIZER_PATH
     config.training.dataset, config.training.dataset_path = dataset, str(path)
-    config.training.seq_len, config.training.local_batch_size = SEQ_LEN, BATCH
+    config.training.seq_len, config.training.local_batch_size = seq_len, batch
     config.training.dataloader.num_workers = workers
     return text_datasets.build_dataloader(ranks, rank, build_tokenizer(config), config, infinite)
 
@@ -300,6 +302,38 @@ def test_resume_is_exact_everywhere_in_three_epochs(corpus: Path, rank: int, ran
 def test_resume_is_exact_with_workers(corpus: Path, workers: int) -> None:
     epoch = sum(1 for _ in loader(corpus, infinite=False))
     check_resume(lambda: loader(corpus, workers=workers), [1, epoch // 2, 2 * epoch + 3])
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_another_context_goes_on_with_the_very_next_token(corpus: Path, workers: int) -> None:
+    """Every reader, a worker or the rank itself, hands out its stream without a gap or a repeat, whatever the length
+    and number of its sequences; each takes one token more than its length, the last label. Stops are inside documents
+    that are longer than a batch, and beyond the end of an epoch."""
+    readers = max(1, workers)
+    contexts = [(4, 4), (16, 1), (2, 7), (16, 1), (8, 2)]
+
+    def tokens(batch: Batch) -> list[int]:
+        return [token for inputs, labels in zip(*batch, strict=True) for token in [*inputs, labels[-1]]]
+
+    def build(seq_len: int, batch: int) -> ParallelAwareDataloader:
+        return loader(corpus, workers=workers, seq_len=seq_len, batch=batch)
+
+    uninterrupted: list[list[int]] = [[] for _ in range(readers)]
+    for number, one in enumerate(take(build(1, 1), 600 * readers)):
+        uninterrupted[number % readers] += tokens(one)
+    read: list[list[int]] = [[] for _ in range(readers)]
+    state, number = None, 0
+    for seq_len, batch in contexts:
+        stage = build(seq_len, batch)
+        if state is not None:
+            stage.load_state_dict(pickle.loads(state))
+        for one in take(stage, 7):
+            read[number % readers] += tokens(one)
+            number += 1
+        state = pickle.dumps(stage.state_dict())
+    epoch = sum(len(text.encode()) + 2 for text in documents("c4_local", corpus))
+    assert sum(map(len, read)) > epoch and all(len(stream) > 200 for stream in read)
+    assert read == [whole[: len(stream)] for whole, stream in zip(uninterrupted, read, strict=True)]
 
 
 def test_a_position_may_be_saved_again_before_it_is_used(corpus: Path) -> None:

@@ -34,7 +34,12 @@ class Lighthouse(LighthouseConfig):
     """
 
     stage1_checkpoint: str = ""
-    """The Stage 1 checkpoint that this dense run resumes; written by scripts/resume_dense.py, not by hand"""
+    """
+    The checkpoint of the stage before, which this run continues; written by scripts/resume_dense.py, not by hand
+    """
+
+    stage: int = 0
+    """Which stage of its chain this run is, 0 where nothing says so; written by scripts/resume_dense.py, not by hand"""
 
     def attention_config(self) -> LighthouseConfig:
         """The library's part."""

@@ -14,13 +14,12 @@ from typing import Any
 from torchtitan.components.metrics import BaseLogger, LoggerContainer, MetricsProcessor
 from torchtitan.distributed import ParallelDims
 from torchtitan.experiments.lighthouse.job_config import MergedConfig
-from torchtitan.experiments.lighthouse.runs.records import METRICS_FILE, read_metrics, stage_of
+from torchtitan.experiments.lighthouse.runs.checkpoints import first_stage_of
+from torchtitan.experiments.lighthouse.runs.records import METRICS_FILE, name_of, read_metrics, stage_of
 from torchtitan.experiments.lighthouse.seams.metrics import logs_here, print_colours_to_terminals_only, step_line
 from torchtitan.protocols.model import BaseModelArgs
 
 WANDB_ID_FILE = "wandb_id"
-
-STAGE_NAMES = {"stage1": "Stage 1", "stage2": "Stage 2", "dense": "dense"}
 
 #: The time left is what the steps since so many logged ones ago have taken, validation and checkpoints included.
 RECENT_LINES = 10
@@ -78,12 +77,12 @@ class JsonlLogger(BaseLogger):
 def wandb_environment(job_config: MergedConfig) -> dict[str, str]:
     """What upstream's W&B logger reads from the environment: a run that goes on under its own id, beside its stages.
 
-    The id is kept in the dump folder, so that the same command continues the same run. Both stages of an experiment
+    The id is kept in the dump folder, so that the same command continues the same run. All stages of an experiment
     share the group that Stage 1's id names.
     """
     folder = Path(job_config.job.dump_folder)
     origin = job_config.lighthouse.stage1_checkpoint
-    stage1 = Path(origin).parent.parent if origin else folder
+    stage1 = first_stage_of(Path(origin)) if origin else folder
     return {
         "WANDB_PROJECT": "lighthouse",
         "WANDB_RUN_ID": _kept_id(folder),
@@ -107,7 +106,7 @@ class Progress:
     """How far a run has come, in words."""
 
     def __init__(self, stage: str, last_step: int) -> None:
-        self._stage = STAGE_NAMES[stage]
+        self._stage = name_of(stage)
         self._last_step = last_step
         self._recent: deque[tuple[int, float]] = deque(maxlen=RECENT_LINES + 1)
 

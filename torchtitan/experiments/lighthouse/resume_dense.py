@@ -1,15 +1,24 @@
 #!/usr/bin/env python
-"""Stage 2: resume a Stage 1 checkpoint with dense attention in every layer.
+"""The next stage: resume a checkpoint with dense attention in every layer, or with other attention, layers or context.
 
     python scripts/resume_dense.py outputs/530m_stage1
 
-takes the newest complete checkpoint of that run (or the one you name, outputs/530m_stage1/checkpoint/step-10000) and
-goes on with the same weights, optimizer state, data position and learning-rate schedule, to the end of the schedule or
-to --total-steps, in a dump folder of its own, so that Stage 1's files are never touched. Run the same command again
-after an interruption and Stage 2 continues. Everything is checked before anything is launched or written. Settings
-after "--" change Stage 2 only:
+is Stage 2 of the paper. It takes the newest complete checkpoint of that run (or the one you name,
+outputs/530m_stage1/checkpoint/step-10000) and goes on with the same weights, optimizer state, data position and
+learning-rate schedule, to the end of the schedule or to --total-steps, in a dump folder of its own, so that the files
+of the stage before are never touched. Run the same command again after an interruption and the stage continues.
+Everything is checked before anything is launched or written. Settings after "--" change this stage only:
 
     python scripts/resume_dense.py RUN -- --activation_checkpoint.mode full
+
+Stages form a chain of any length, and only the first is started without this command. Dense at 8,192 tokens, then
+through Lighthouse at 98,304, then dense at 98,304:
+
+    python scripts/resume_dense.py SHORT --attention lighthouse --seq-len 98304 --total-steps 12000
+    python scripts/resume_dense.py SHORT_lighthouse_98304
+
+At another context the batch sizes follow, so that a step has as many tokens as before. The schedule of all stages is
+lr_scheduler.total_steps of the first.
 """
 
 from __future__ import annotations
@@ -29,45 +38,45 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def resume(options: argparse.Namespace, overrides: list[str]) -> None:
-    """Check, prepare Stage 2's folder, and become the trainer.
+    """Check, prepare the stage's folder, and become the trainer.
 
     Raises:
-        Refused: if Stage 2 would not be a continuation of Stage 1.
+        Refused: if the stage would not be a continuation of the one before.
     """
     from dataclasses import asdict
 
-    from torchtitan.experiments.lighthouse.runs import launch, stage2
-    from torchtitan.experiments.lighthouse.runs.checkpoints import dump_folder_of
+    from torchtitan.experiments.lighthouse.runs import launch, next_stage
 
-    stage1 = stage2.find_stage1(options.stage1)
-    folder = options.dump_folder or Path(f"{dump_folder_of(stage1.checkpoint)}_dense")
-    newest = stage2.newest_step_in(folder, stage1)
-    config = stage2.stage2_settings(stage1, folder, options.total_steps)
-    torchrun = options.torchrun or launch.one_node(stage1.world_size)
+    before = next_stage.find_stage_before(options.before)
+    folder = options.dump_folder or next_stage.default_folder(before, options.attention, options.seq_len)
+    config = next_stage.next_settings(before, folder, options.total_steps, options.attention, options.seq_len)
+    torchrun = options.torchrun or launch.one_node(before.world_size)
     processes = launch.read_torchrun(torchrun)
-    toml = stage2.as_toml(config)
-    changes = [*stage2.explicit_none(config), *overrides]
-    merged = stage2.merge(toml, changes)
-    stage2.check_overrides(config, merged)
-    stage2.check_continuation(stage1, merged, processes.world_size)
+    toml = next_stage.as_toml(config)
+    changes = [*next_stage.explicit_none(config), *overrides]
+    merged = next_stage.merge(toml, changes)
+    newest = next_stage.newest_step_in(folder, before, merged)
+    next_stage.check_overrides(before, config, merged)
+    next_stage.check_continuation(before, merged, processes.world_size)
 
-    last = merged.training.steps
+    this, last = before.next_name, merged.training.steps
     if newest is not None and newest >= last:
-        print(f"Stage 2 in {folder} is complete: {newest:,} of {last:,} steps.")
+        print(f"{this} in {folder} is complete: {newest:,} of {last:,} steps.")
         return
-    start = f"step {newest:,} of Stage 2" if newest is not None else f"{stage1.checkpoint} (step {stage1.step:,})"
-    print(f"Stage 2 from {start} to step {last:,}, dense, in {folder}, {processes.world_size} process(es)")
-    for name, before, after in stage2.differences(stage1.config, asdict(merged)):
-        print(f"  {name}: {before!r} -> {after!r}")
-    settings = ["--job.config_file", str(folder / stage2.SETTINGS_FILE), *changes]
-    command = launch.trainer_command(torchrun, settings)
+    start = f"step {newest:,} of {this}" if newest is not None else f"{before.checkpoint} (step {before.step:,})"
+    attention, count = next_stage.attention_of(asdict(merged)), processes.world_size
+    print(f"{this} from {start} to step {last:,}, {attention}, in {folder}, {count} process(es)")
+    for name, earlier, now in next_stage.differences(before.config, asdict(merged)):
+        print(f"  {name}: {earlier!r} -> {now!r}")
+    file = folder / before.settings_file
+    command = launch.trainer_command(torchrun, ["--job.config_file", str(file), *changes])
     if options.dry_run:
-        print(f"# {folder / stage2.SETTINGS_FILE} would hold:\n{toml}\n{launch.as_line(command)}", flush=True)
+        print(f"# {file} would hold:\n{toml}\n{launch.as_line(command)}", flush=True)
         return
     if processes.node_rank in (0, None):
-        stage2.prepare(folder, toml, folder / merged.checkpoint.folder if newest is None else None)
+        next_stage.prepare(file, toml, folder / merged.checkpoint.folder if newest is None else None)
     else:
-        stage2.wait_until_prepared(folder, toml)
+        next_stage.wait_until_prepared(file, toml)
     launch.execute(command)
 
 
@@ -76,16 +85,40 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     at = arguments.index("--") if "--" in arguments else len(arguments)
     arguments, overrides = arguments[:at], arguments[at + 1 :]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage1", type=Path, help="Stage 1's dump folder, or one of its checkpoint/step-N folders")
     parser.add_argument(
-        "--total-steps", type=int, help="steps of both stages together (default: Stage 1's lr_scheduler.total_steps)"
+        "before",
+        metavar="RUN",
+        type=Path,
+        help="dump folder of the stage before, or one of its checkpoint/step-N folders",
     )
-    parser.add_argument("--dump-folder", type=Path, help="Stage 2's own folder (default: Stage 1's with _dense added)")
+    parser.add_argument(
+        "--attention",
+        choices=("dense", "lighthouse"),
+        default="dense",
+        help="of the next stage (default: %(default)s); settings of [lighthouse] go after the --",
+    )
+    parser.add_argument(
+        "--seq-len",
+        type=int,
+        metavar="N",
+        help="the next stage's tokens per sequence (default: as before); the batch sizes follow, so that a step has as "
+        "many tokens",
+    )
+    parser.add_argument(
+        "--total-steps",
+        type=int,
+        help="steps of all stages up to this one (default: lr_scheduler.total_steps of Stage 1)",
+    )
+    parser.add_argument(
+        "--dump-folder",
+        type=Path,
+        help="the next stage's own folder (default: RUN_dense, RUN_lighthouse, RUN_dense_N, …)",
+    )
     parser.add_argument(
         "--torchrun",
         metavar="ARGS",
         help="torchrun's arguments as one string, e.g. '--nnodes 4 --nproc_per_node 8 --rdzv_backend c10d "
-        "--rdzv_endpoint HOST:PORT' (default: one node, as many processes as Stage 1 had)",
+        "--rdzv_endpoint HOST:PORT' (default: one node, as many processes as the stage before had)",
     )
     parser.add_argument("--dry-run", action="store_true", help="check and print settings and command; write nothing")
     return parser.parse_args(arguments), overrides

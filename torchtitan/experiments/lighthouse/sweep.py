@@ -163,7 +163,7 @@ def command_of(run: Run, stage: int, options: argparse.Namespace) -> list[str]:
 
 def show(run: Run, options: argparse.Namespace) -> None:
     """Print the commands of both stages and the merged settings; start nothing."""
-    from torchtitan.experiments.lighthouse.runs import launch, stage2
+    from torchtitan.experiments.lighthouse.runs import launch, next_stage
 
     settings = settings_of(run, options.outputs, options.overrides)
     for stage in (1,) if run.is_dense else (1, 2):
@@ -172,7 +172,7 @@ def show(run: Run, options: argparse.Namespace) -> None:
     if run.loss is not None:
         print(f"# published: loss {run.loss:.4f}, {run.tokens_per_second}k tokens/s/GPU in Stage 1 (B200)")
     print(f"# here: {progress(run, options.outputs)}\n")
-    print(stage2.as_toml(asdict(settings)))
+    print(next_stage.as_toml(asdict(settings)))
 
 
 def table(outputs: Path) -> str:

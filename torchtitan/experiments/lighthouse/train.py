@@ -19,9 +19,9 @@ import torchtitan.experiments.lighthouse.train_spec  # noqa: F401  registers the
 from torch import Tensor
 from torchtitan.experiments.lighthouse.job_config import check_degrees
 from torchtitan.experiments.lighthouse.loss import Processed, with_labels
-from torchtitan.experiments.lighthouse.runs import stage2
+from torchtitan.experiments.lighthouse.runs import next_stage
 from torchtitan.experiments.lighthouse.runs.checkpoints import complete_checkpoints_in
-from torchtitan.experiments.lighthouse.runs.records import stage_of
+from torchtitan.experiments.lighthouse.runs.records import number_of, stage_of
 from torchtitan.experiments.lighthouse.seams import trainer as seam
 from torchtitan.tools.logging import logger
 from torchtitan.train import main
@@ -36,11 +36,11 @@ class LighthouseTrainer(seam.HookedTrainer):
             raise RuntimeError("no WORLD_SIZE: start with torchrun --nproc_per_node GPUS -m torchtitan.experiments.…")
         world_size = int(os.environ["WORLD_SIZE"])
         check_degrees(self.job_config.parallelism, world_size)
-        origin = Path(self.job_config.lighthouse.stage1_checkpoint)
-        # Once Stage 2 has a checkpoint of its own, it continues that one, and Stage 1's may be gone.
+        origin = self.job_config.lighthouse.stage1_checkpoint
+        # Once a stage has a checkpoint of its own, it continues that one, and the one that it came from may be gone.
         starts = not complete_checkpoints_in(Path(self._checkpoint_folder()))
-        if stage_of(self.job_config) == "stage2" and starts and origin.is_dir():
-            stage2.check_continuation(stage2.find_stage1(origin), self.job_config, world_size)
+        if origin and starts and Path(origin).is_dir():
+            next_stage.check_continuation(next_stage.find_stage_before(Path(origin)), self.job_config, world_size)
 
     def post_dataloading_process(self, *args: Any) -> Processed:
         return with_labels(super().post_dataloading_process(*args), self.parallel_dims)
@@ -81,12 +81,12 @@ class LighthouseTrainer(seam.HookedTrainer):
             )
 
     def check_loaded(self) -> None:
-        if self.step == 0 and stage_of(self.job_config) == "stage2":
-            stage2.refuse_unloaded(self.job_config, self._checkpoint_folder())
+        if self.step == 0 and self.job_config.lighthouse.stage1_checkpoint:
+            next_stage.refuse_unloaded(self.job_config, self._checkpoint_folder())
 
     def log_start(self) -> None:
         stage, config = stage_of(self.job_config), self.job_config
-        self._log_layers(stage)
+        self._log_layers()
         if self.step == 0:
             return
         logger.info(f"Resuming after step {self.step}")
@@ -95,16 +95,16 @@ class LighthouseTrainer(seam.HookedTrainer):
             f"{stage} starts after step {self.step:,}, {seam.tokens_seen_by_all(self):,} tokens seen; "
             f"learning rate {saved:.4e} before (in the checkpoint), {scheduled:.4e} after (by this schedule)"
         )
-        if stage == "stage2":
-            logger.info(f"Stage 1 checkpoint: {config.lighthouse.stage1_checkpoint}")
+        if origin := config.lighthouse.stage1_checkpoint:
+            logger.info(f"Stage {number_of(stage) - 1} checkpoint: {origin}")
         if not math.isclose(saved, scheduled, rel_tol=1e-6):
             logger.warning(
                 "The learning rate jumps here: optimizer.lr or [lr_scheduler] differ from those of the checkpoint."
             )
 
-    def _log_layers(self, stage: str) -> None:
+    def _log_layers(self) -> None:
         config, n_layers = self.job_config, self.model_args.n_layers
-        if stage != "stage1":
+        if not config.lighthouse.enable:
             logger.info(f"dense in all {n_layers} layers")
             return
         geometry, seq_len = self.model_args.lighthouse, config.training.seq_len

@@ -66,10 +66,15 @@ class LighthouseModelArgs(TransformerModelArgs):
             )
         self.lighthouse, self.lighthouse_layers = None, ()
         num_chunks = context_parallel_chunks(job_config)
+        seq_len, parallelism, validation = job_config.training.seq_len, job_config.parallelism, job_config.validation
+        if validation.enable and validation.seq_len > seq_len:
+            raise ValueError(
+                f"validation.seq_len={validation.seq_len}: must be at most training.seq_len={seq_len}, because the "
+                f"rotary embedding has so many positions; nearest valid value: {seq_len}"
+            )
         if not section.enable:
             return
 
-        seq_len, parallelism = job_config.training.seq_len, job_config.parallelism
         if num_chunks > 1 and parallelism.tensor_parallel_degree > 1:
             raise ValueError(
                 f"parallelism.tensor_parallel_degree={parallelism.tensor_parallel_degree} with "
@@ -91,9 +96,9 @@ class LighthouseModelArgs(TransformerModelArgs):
                 f"lighthouse.rope='after_gather' with scorer={config.scorer!r}: that scorer attends to rotated queries "
                 "and keys; nearest valid values: rope='before_pool', or scorer='norm'"
             )
-        if job_config.validation.enable and job_config.validation.seq_len != seq_len:
+        if validation.enable and validation.seq_len != seq_len:
             try:
-                config.validate(job_config.validation.seq_len, num_chunks)
+                config.validate(validation.seq_len, num_chunks)
             except ValueError as error:
                 raise ValueError(f"validation.seq_len: {error}") from error
         self.lighthouse_layers = parse_layers(section.layers, self.n_layers)

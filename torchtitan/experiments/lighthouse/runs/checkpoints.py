@@ -42,6 +42,15 @@ def dump_folder_of(checkpoint: Path) -> Path:
     return checkpoint.resolve().parent.parent
 
 
+def first_stage_of(checkpoint: Path) -> Path:
+    """The dump folder of the first run in the chain of stages that led to ``checkpoint``, as far as it is on disk."""
+    folder = checkpoint.parent.parent
+    config_file = folder / CONFIG_FILE
+    config = json.loads(config_file.read_text()) if config_file.is_file() else {}
+    origin = config.get("lighthouse", {}).get("stage1_checkpoint", "")
+    return first_stage_of(Path(origin)) if origin else folder
+
+
 def config_file_of(path: Path) -> Path:
     """The saved settings of the run at ``path``, its dump folder or one of its checkpoints.
 

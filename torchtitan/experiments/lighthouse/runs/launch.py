@@ -27,11 +27,19 @@ def trainer_command(torchrun: str, settings: Sequence[str]) -> list[str]:
 
 
 def resume_dense_command(
-    stage1: Path, dump_folder: Path, torchrun: str | None = None, overrides: Sequence[str] = ()
+    before: Path,
+    dump_folder: Path,
+    torchrun: str | None = None,
+    overrides: Sequence[str] = (),
+    *options: str,
 ) -> list[str]:
-    """Start Stage 2 from ``stage1``, a dump folder or checkpoint, in ``dump_folder``."""
-    command = [sys.executable, "-m", f"{PACKAGE}.resume_dense", str(stage1), "--dump-folder", str(dump_folder)]
-    command += ["--torchrun", torchrun] if torchrun else []
+    """Start the next stage from ``before``, a dump folder or checkpoint, in ``dump_folder``.
+
+    Args:
+        options: the command's own, where the next stage is not simply dense to the end of the schedule.
+    """
+    command = [sys.executable, "-m", f"{PACKAGE}.resume_dense", str(before), "--dump-folder", str(dump_folder)]
+    command += [*(["--torchrun", torchrun] if torchrun else []), *options]
     return [*command, "--", *overrides] if overrides else command
 
 

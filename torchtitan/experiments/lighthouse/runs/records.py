@@ -18,11 +18,29 @@ SOONEST_RECOVERY = 10
 
 
 def stage_of(job_config: MergedConfig) -> str:
-    """``stage1`` (Lighthouse), ``stage2`` (dense, resumed from a Stage 1 checkpoint) or ``dense`` (from scratch)."""
+    """The label of a run: ``stage1`` (Lighthouse, from scratch), ``dense`` (dense, from scratch), or ``stageN``, a
+    later stage of a chain, whatever its attention."""
     section = job_config.lighthouse
-    if section.enable:
-        return "stage1"
-    return "stage2" if section.stage1_checkpoint else "dense"
+    number = stage_number(section.stage, section.stage1_checkpoint)
+    return "dense" if number == 1 and not section.enable else f"stage{number}"
+
+
+def stage_number(stage: int, origin: str) -> int:
+    """Which stage of its chain a run is, from ``lighthouse.stage`` and ``lighthouse.stage1_checkpoint``.
+
+    Older versions, and people who start a Stage 2 by hand, set the second alone.
+    """
+    return stage or (2 if origin else 1)
+
+
+def number_of(label: str) -> int:
+    """Of a label of ``stage_of``."""
+    return 1 if label == "dense" else int(label.removeprefix("stage"))
+
+
+def name_of(label: str) -> str:
+    """A label of ``stage_of`` as people read it: ``Stage 2``."""
+    return label if label == "dense" else f"Stage {number_of(label)}"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ import torchtitan.experiments.lighthouse.train_spec  # noqa: F401  registers the
 from torch.distributed.checkpoint import state_dict_loader
 from torchtitan.config import ConfigManager
 from torchtitan.experiments.lighthouse.job_config import MergedConfig
+from torchtitan.experiments.lighthouse.model.args import LighthouseModelArgs
 from torchtitan.experiments.lighthouse.model.model import LighthouseTransformer
 from torchtitan.experiments.lighthouse.runs.checkpoints import config_file_of, read_metadata
 from torchtitan.protocols.train_spec import get_train_spec
@@ -33,18 +34,26 @@ def read_settings(checkpoint: Path) -> MergedConfig:
     return settings
 
 
+def model_arguments(settings: MergedConfig) -> LighthouseModelArgs:
+    """Those of the flavor, at the settings' context and with their [lighthouse] section.
+
+    Raises:
+        ValueError: for settings that no model can be built from.
+    """
+    args = copy.deepcopy(get_train_spec(settings.model.name).model_args[settings.model.flavor])
+    args.update_from_config(settings)
+    return cast(LighthouseModelArgs, args)  # settings with a [lighthouse] section are those of this model
+
+
 def build_model(settings: MergedConfig, device: str = "meta") -> LighthouseTransformer:
     """The model of these settings, its weights uninitialised; on ``meta`` it costs nothing.
 
     Raises:
         ValueError: for settings that no model can be built from.
     """
-    spec = get_train_spec(settings.model.name)
-    args = copy.deepcopy(spec.model_args[settings.model.flavor])
-    args.update_from_config(settings)
+    args = model_arguments(settings)
     with torch.device("meta"):
-        # Settings with a [lighthouse] section are those of this model.
-        model = cast(LighthouseTransformer, spec.model_cls(args))
+        model = cast(LighthouseTransformer, get_train_spec(settings.model.name).model_cls(args))
     return model if device == "meta" else model.to_empty(device=device)
 
 
