@@ -70,6 +70,11 @@ def test_wandb_keeps_the_run_and_groups_the_stages(tmp_path):
     assert stage1["WANDB_RUN_ID"] != stage2["WANDB_RUN_ID"]
     assert stage1["WANDB_RUN_GROUP"] == stage2["WANDB_RUN_GROUP"] != environment("other")["WANDB_RUN_GROUP"]
     assert (stage1["WANDB_RUN_JOB_TYPE"], stage2["WANDB_RUN_JOB_TYPE"]) == ("stage1", "stage2")
+    # A third stage finds the group through the second one's settings.
+    (tmp_path / "run_dense/config.json").write_text(json.dumps({"lighthouse": {"stage1_checkpoint": str(checkpoint)}}))
+    later = str(tmp_path / "run_dense/checkpoint/step-90")
+    stage3 = environment("run_third", "--lighthouse.stage", "3", "--lighthouse.stage1_checkpoint", later)
+    assert (stage3["WANDB_RUN_GROUP"], stage3["WANDB_RUN_JOB_TYPE"]) == (stage1["WANDB_RUN_GROUP"], "stage3")
 
 
 def test_an_interrupted_wandb_run_goes_on_offline(tmp_path, monkeypatch):

@@ -2,10 +2,16 @@ import json
 
 import pytest
 from torchtitan.experiments.lighthouse import report
+from torchtitan.experiments.lighthouse.errors import Refused
 
 
-def write_run(folder, stage, losses, first_step=1, tps=100.0):
+def write_run(folder, stage, losses, first_step=1, tps=100.0, **config):
+    """``config``: what config.json says, where there is one: lighthouse, seq_len, origin."""
     folder.mkdir(parents=True)
+    if config:
+        section = {"enable": config["lighthouse"], "stage1_checkpoint": config.get("origin", "")}
+        text = json.dumps({"lighthouse": section, "training": {"seq_len": config["seq_len"]}})
+        (folder / "config.json").write_text(text)
     lines = [
         {
             "step": step, "stage": stage, "loss": loss, "tokens_per_second": 1.0 if step == first_step else tps,
@@ -127,11 +133,52 @@ def test_stage_1_steps_after_the_switch_do_not_count(runs, tmp_path):
     assert experiment.losses[15:] == [1.0] * 10
 
 
+def test_a_chain_is_one_curve_whose_stages_say_what_they_are(tmp_path):
+    """Dense and short, through Lighthouse, dense; the short stage is no baseline, and Lighthouse is beside the dense
+    stage of its own context."""
+    origin = str(tmp_path / "{}/checkpoint/step-{}")
+    chain = [
+        write_run(tmp_path / "short", "dense", [5.0] * 10, tps=900, lighthouse=False, seq_len=512),
+        write_run(tmp_path / "middle", "stage2", [3.0] + [2.0] * 9, 11, 400, lighthouse=True, seq_len=2048,
+                  origin=origin.format("short", 10)),
+        write_run(tmp_path / "long", "stage3", [4.0] + [1.5] * 9, 21, 100, lighthouse=False, seq_len=2048,
+                  origin=origin.format("middle", 20)),
+    ]  # fmt: skip
+    (one,) = report.load_experiments(chain)
+    assert one.name == "dense at 512, then Lighthouse at 2,048, then dense at 2,048" and len(one.parts) == 3
+    assert report.baseline_of([one]) is None
+    (sentence,) = report.headlines([one])
+    assert sentence == "Stage 2 ran 4.0 times as many tokens per second as dense attention."
+    (_, _, rows), (second, _, to_second), (third, _, to_third) = report.tables([one], 1)
+    assert [row[0] for row in rows] == [
+        "Stage 1 (dense at 512)", "Stage 2 (Lighthouse at 2,048)", "Stage 3 (dense at 2,048)",
+    ]  # fmt: skip
+    assert second.endswith("to Stage 2") and third.endswith("to Stage 3")
+    assert to_second[0] == ("spike, first Lighthouse step", "3.0000 (-2.0000) at step 11")
+    assert to_third[0] == ("spike, first dense step", "4.0000 (+2.0000) at step 21")
+    assert to_third[1] == ("dense steps until Stage 2's last level", "2")
+    (styles,) = report._styles([one])
+    assert len({(style["color"], style["linestyle"]) for style in styles}) == 3
+    assert one.device_seconds(30_000) == pytest.approx(10_000 / 900 + 10_000 / 400 + 10_000 / 100)
+    # A dense run for the whole of it is one; and a dense stage that says nothing of it does not continue it.
+    whole = write_run(tmp_path / "whole", "dense", [4.0] * 30, lighthouse=False, seq_len=2048)
+    both = report.load_experiments([*chain, whole])
+    assert report.baseline_of(both) is both[1]
+    *_, (_, _, rows) = report.tables(both, 1)
+    assert dict(rows)["last gap to whole"] == "-2.5000 at step 30"
+    report.draw(both, 1, tmp_path / "loss.png")
+    with pytest.raises(Refused, match="middle holds Stage 2: name its Stage 1 run just before it"):
+        report.load_experiments([whole, chain[1]])
+    with pytest.raises(Refused, match="long holds Stage 3: name its Stage 2 run just before it"):
+        report.load_experiments([chain[0], chain[2]])
+
+
 def test_errors_name_the_run(runs, tmp_path):
     with pytest.raises(SystemExit, match=r"absent/metrics\.jsonl does not exist"):
         report.main([str(tmp_path / "absent")])
-    with pytest.raises(SystemExit, match="name its Stage 1 run just before"):
-        report.main([str(runs[1]), str(runs[0])])
+    for words in ([runs[1], runs[0]], [runs[2], runs[1]]):  # a dense run that nothing says it continues
+        with pytest.raises(SystemExit, match="name its Stage 1 run just before"):
+            report.main([*map(str, words)])
     (runs[0] / "metrics.jsonl").write_text("")
     with pytest.raises(SystemExit, match="no logged step"):
         report.main([str(runs[0])])

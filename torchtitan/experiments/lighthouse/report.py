@@ -1,9 +1,10 @@
 #!/usr/bin/env python
-"""Tables and a figure of loss curves, from the runs' metrics.jsonl alone.
+"""Tables and a figure of loss curves, from what the runs have left in metrics.jsonl and config.json.
 
     python scripts/report.py outputs/demo/stage1 outputs/demo/stage2 outputs/demo/dense --output outputs/demo
 
-A run that holds Stage 2 continues the Stage 1 run named before it; the first dense run is what it is compared with.
+A run that holds Stage 2 or a later stage continues the run named just before it; what they are compared with is the
+first run that is dense from its first step to its last.
 Writes summary.md, loss.png, and report.html, one page with both and nothing beside it.
 """
 
@@ -12,9 +13,10 @@ from __future__ import annotations
 import argparse
 import base64
 import html
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import cycle, pairwise
+from itertools import cycle, groupby, pairwise
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import TYPE_CHECKING, Any
@@ -28,10 +30,11 @@ LONGEST_WINDOW = 10
 
 @dataclass
 class Experiment:
-    """One curve: a dense run, or Stage 1 with the Stage 2 that continues it."""
+    """One curve: a dense run, or Stage 1 with the stages that continue it."""
 
     name: str
     records: list[dict[str, Any]]
+    """Of metrics.jsonl, each with ``lighthouse``, whether its stage runs through it, and ``seq_len`` (None: unknown)"""
 
     @property
     def steps(self) -> list[int]:
@@ -41,13 +44,29 @@ class Experiment:
     def losses(self) -> list[float]:
         return [record["loss"] for record in self.records]
 
-    def stage(self, stage: str) -> Experiment:
-        return Experiment(stage, [record for record in self.records if record["stage"] == stage])
-
     @property
     def parts(self) -> list[Experiment]:
-        """The stages that were run, in order: a mean across the switch would blur it."""
-        return [part for stage in ("dense", "stage1", "stage2") if (part := self.stage(stage)).records]
+        """The stages that were run, in order, by their labels: a mean across a switch would blur it."""
+        return [Experiment(label, list(part)) for label, part in groupby(self.records, lambda record: record["stage"])]
+
+    @property
+    def lighthouse(self) -> bool:
+        """Of a part."""
+        return bool(self.records[0]["lighthouse"])
+
+    @property
+    def seq_len(self) -> int | None:
+        """Of a part; None where nothing says so."""
+        length: int | None = self.records[0]["seq_len"]
+        return length
+
+    @property
+    def is_baseline(self) -> bool:
+        return [part.name for part in self.parts] == ["dense"]
+
+    @property
+    def changes_context(self) -> bool:
+        return len({part.seq_len for part in self.parts}) > 1
 
     def smooth(self, window: int) -> list[float]:
         """Means over the last ``window`` logged steps."""
@@ -88,37 +107,57 @@ class Experiment:
 
 
 def load_experiments(runs: list[Path]) -> list[Experiment]:
-    """Read the runs and join every Stage 2 to the Stage 1 before it.
+    """Read the runs and join every later stage to the one before it.
 
     Raises:
-        Refused: for a run without metrics, or a Stage 2 that continues nothing.
+        Refused: for a run without metrics, or a stage that continues nothing.
     """
     from torchtitan.experiments.lighthouse.errors import Refused
-    from torchtitan.experiments.lighthouse.runs.records import METRICS_FILE, read_metrics
+    from torchtitan.experiments.lighthouse.runs.checkpoints import CONFIG_FILE
+    from torchtitan.experiments.lighthouse.runs.records import METRICS_FILE, number_of, read_metrics
 
     experiments: list[Experiment] = []
-    for run in runs:
+    for before, run in zip([None, *runs], runs, strict=False):
         path = run / METRICS_FILE
         if not path.is_file():
             raise Refused(f"{path} does not exist; {run} is not the dump folder of a run that has started")
         records = [record for record in read_metrics(path) if "loss" in record]
         if not records:
             raise Refused(f"{path} holds no logged step yet")
-        stage = records[0]["stage"]
-        if stage != "stage2":
+        config = json.loads((run / CONFIG_FILE).read_text()) if (run / CONFIG_FILE).is_file() else {}
+        stage, section = records[0]["stage"], config.get("lighthouse", {})
+        number = number_of(stage)
+        about = {
+            # Older runs, and files without their folder: Stage 1 alone was Lighthouse.
+            "lighthouse": section.get("enable", stage == "stage1"),
+            "seq_len": config.get("training", {}).get("seq_len"),
+        }
+        records = [record | about for record in records]
+        if number == 1:
             experiments.append(Experiment(run.name, records))
-        elif experiments and experiments[-1].records[-1]["stage"] == "stage1":
-            first = records[0]["step"]
-            earlier = [record for record in experiments[-1].records if record["step"] < first]
-            experiments[-1] = Experiment("Lighthouse, then dense", earlier + records)
-        else:
-            raise Refused(f"{run} holds Stage 2: name its Stage 1 run just before it")
+            continue
+        last = experiments[-1].records[-1]["stage"] if experiments else ""
+        origin = Path(section.get("stage1_checkpoint", "")).parent.parent.name
+        # A dense run is more often what others are compared with: it is the first stage of what says so.
+        continues = last == f"stage{number - 1}" or (last == "dense" and number == 2)
+        if before is None or not continues or (last == "dense" and origin != before.resolve().name):
+            raise Refused(f"{run} holds Stage {number}: name its Stage {number - 1} run just before it")
+        first = records[0]["step"]
+        joined = Experiment("", [record for record in experiments[-1].records if record["step"] < first] + records)
+        joined.name = ", then ".join(_in_words(part, joined.changes_context) for part in joined.parts)
+        experiments[-1] = joined
     return experiments
 
 
+def _in_words(part: Experiment, with_context: bool, dense: str = "dense", lighthouse: str = "Lighthouse") -> str:
+    """The attention of a stage, and its context where the stages differ in it."""
+    context = f" at {part.seq_len:,}" if with_context and part.seq_len else ""
+    return (lighthouse if part.lighthouse else dense) + context
+
+
 def baseline_of(experiments: list[Experiment]) -> Experiment | None:
-    """The first dense run, which the others are compared with."""
-    return next((experiment for experiment in experiments if experiment.parts[0].name == "dense"), None)
+    """The first run that is dense from scratch to its end, which the others are compared with."""
+    return next((experiment for experiment in experiments if experiment.is_baseline), None)
 
 
 def common_window(experiments: list[Experiment]) -> int:
@@ -133,14 +172,16 @@ Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
 
 def tables(experiments: list[Experiment], window: int) -> list[Table]:
     """Every stage's figures, and what became of every switch. Losses in nats per token."""
+    from torchtitan.experiments.lighthouse.runs.records import number_of
+
     rows: list[tuple[str, ...]] = []
     for experiment in experiments:
         for part in experiment.parts:
-            name = {"stage1": "Stage 1 (Lighthouse)", "stage2": "Stage 2 (dense)"}.get(part.name, experiment.name)
+            stage = f"Stage {number_of(part.name)} ({_in_words(part, experiment.changes_context)})"
             noise = stdev(part.losses[-window:]) if len(part.losses[-window:]) > 1 else 0.0
             rows.append(
                 (
-                    name if experiment.parts[-1].name == "stage2" else experiment.name,
+                    stage if number_of(experiment.parts[-1].name) > 1 else experiment.name,
                     f"{part.steps[0]:,}–{part.steps[-1]:,}",
                     f"{part.tokens[-1]:,.0f}",
                     f"{part.smooth(window)[-1]:.4f} ± {noise:.4f}",
@@ -149,45 +190,56 @@ def tables(experiments: list[Experiment], window: int) -> list[Table]:
             )
     stages = ("Runs", ("run", "steps", "tokens seen", f"loss, mean of last {window}", "tokens/s/device"), rows)
     dense = baseline_of(experiments)
-    switches: list[Table] = [
-        (
-            f"The switch of {experiment.name}",
-            ("", ""),
-            [*_switch(experiment, window), *(_against(experiment, dense, window) if dense else [])],
-        )
-        for experiment in experiments
-        if experiment.parts[-1].name == "stage2" and len(experiment.parts) > 1
-    ]
+    switches: list[Table] = []
+    for experiment in experiments:
+        parts = experiment.parts
+        for before, after in pairwise(parts):
+            which = f" to Stage {number_of(after.name)}" if len(parts) > 2 else ""
+            # The loss through Lighthouse is not one that can be compared.
+            ends = after.name == parts[-1].name and not after.lighthouse
+            against = _against(experiment, dense, window) if dense and ends else []
+            heading = f"The switch of {experiment.name}{which}"
+            switches.append((heading, ("", ""), [*_switch(before, after, window), *against]))
     return [stages, *switches]
 
 
 def headlines(experiments: list[Experiment]) -> list[str]:
-    """What Stage 1 is for, a sentence for each run that has one: its rate beside that of dense attention.
+    """What Lighthouse is for, a sentence for each stage through it: its rate beside that of dense attention.
 
-    The dense run's rate, or, where there is none, that of the same run's Stage 2, which is dense too.
+    The dense run's rate, or, where there is none of this context, that of the same run's last dense stage of it.
     """
-    dense = baseline_of(experiments)
+    from torchtitan.experiments.lighthouse.runs.records import number_of
+
+    baseline = baseline_of(experiments)
     sentences = []
     for experiment in experiments:
-        stage1, beside = experiment.stage("stage1"), dense or experiment.stage("stage2")
-        if stage1.records and beside.records and beside.tokens_per_second:
-            whose = "" if len(experiments) <= 2 else f" of {experiment.name}"
-            times = stage1.tokens_per_second / beside.tokens_per_second
-            sentences.append(f"Stage 1{whose} ran {times:.1f} times as many tokens per second as dense attention.")
+        own = [part for part in reversed(experiment.parts) if not part.lighthouse]
+        for part in experiment.parts:
+            dense = [one for one in [*([baseline] if baseline else []), *own] if _same_context(one, part)]
+            if part.lighthouse and dense and dense[0].tokens_per_second:
+                whose = "" if len(experiments) <= 2 else f" of {experiment.name}"
+                stage, times = number_of(part.name), part.tokens_per_second / dense[0].tokens_per_second
+                sentences.append(
+                    f"Stage {stage}{whose} ran {times:.1f} times as many tokens per second as dense attention."
+                )
     return sentences
 
 
-def _switch(experiment: Experiment, window: int) -> list[tuple[str, str]]:
-    from torchtitan.experiments.lighthouse.runs.records import recovered_after
+def _same_context(one: Experiment, other: Experiment) -> bool:
+    return one.seq_len == other.seq_len or None in (one.seq_len, other.seq_len)
 
-    stage1, stage2 = experiment.stage("stage1"), experiment.stage("stage2")
-    before, first = stage1.smooth(window)[-1], stage2.losses[0]
-    losses = dict(zip(experiment.steps, experiment.losses, strict=True))
-    recovered = recovered_after(losses, stage1.steps[-1], window * _steps_per_line(stage2))
-    left = f"not within {len(stage2.steps):,} ({stage2.smooth(window)[-1] - before:+.4f})"
+
+def _switch(before: Experiment, after: Experiment, window: int) -> list[tuple[str, str]]:
+    from torchtitan.experiments.lighthouse.runs.records import number_of, recovered_after
+
+    level, first = before.smooth(window)[-1], after.losses[0]
+    losses = dict(zip(before.steps + after.steps, before.losses + after.losses, strict=True))
+    recovered = recovered_after(losses, before.steps[-1], window * _steps_per_line(after))
+    left = f"not within {len(after.steps):,} ({after.smooth(window)[-1] - level:+.4f})"
+    kind, earlier = "Lighthouse" if after.lighthouse else "dense", f"Stage {number_of(before.name)}"
     return [
-        ("spike, first dense step", f"{first:.4f} ({first - before:+.4f}) at step {stage2.steps[0]:,}"),
-        ("dense steps until Stage 1's last level", f"{recovered:,}" if recovered else left),
+        (f"spike, first {kind} step", f"{first:.4f} ({first - level:+.4f}) at step {after.steps[0]:,}"),
+        (f"{kind} steps until {earlier}'s last level", f"{recovered:,}" if recovered else left),
     ]
 
 
@@ -198,15 +250,15 @@ def _steps_per_line(part: Experiment) -> int:
 
 def _against(experiment: Experiment, dense: Experiment, window: int) -> list[tuple[str, str]]:
     """Beside the dense run: differences at the same steps, so on the same data, as means over ``window`` of them."""
-    stage2 = experiment.stage("stage2")
-    differences = _differences(stage2, dense)
+    last = experiment.parts[-1]
+    differences = _differences(last, dense)
     if not differences.records:
         return [(f"beside {dense.name}", "no step in common")]
     steps, gaps = differences.steps, differences.smooth(window)
     tokens = min(experiment.tokens[-1], dense.tokens[-1])
     ours, theirs = (run.device_seconds(tokens) for run in (experiment, dense))
     return [
-        (f"first below {dense.name} after", _first_below(steps, gaps, stage2.steps[0])),
+        (f"first below {dense.name} after", _first_below(steps, gaps, last.steps[0])),
         (f"last gap to {dense.name}", f"{gaps[-1]:+.4f} at step {steps[-1]:,}"),
         (f"speed-up over {dense.name} at {tokens:,.0f} tokens", f"{theirs / ours:.2f}" if ours else "no rate yet"),
     ]
@@ -275,11 +327,14 @@ def as_page(sentences: list[str], found: list[Table], picture: Path) -> str:
     )
 
 
-#: Stage 1 light and Stage 2 dark, a pair per run that has both. The pairs differ in lightness too, for readers who do
+#: Lighthouse light and dense dark, a pair per run that has both. The pairs differ in lightness too, for readers who do
 #: not see the colours; a dense run is dashed, black or grey.
 PAIRS = (("#56B4E9", "#0054A6"), ("#E69F00", "#B03A00"), ("#DDAACC", "#882255"), ("#66CCAA", "#117733"))
 GREYS = ("#000000", "#888888")
 DASHES = (0, (3, 2))
+
+#: Of a chain's first, second … stage with the same attention.
+LINES = ("-", ":", "-.", "--")
 
 #: A dense run's curve: thin, above the wide ones of the stages, so that curves that coincide are all seen.
 _ON_TOP = {"linewidth": 1.3, "zorder": 3}
@@ -287,20 +342,30 @@ _ON_TOP = {"linewidth": 1.3, "zorder": 3}
 
 def _styles(experiments: list[Experiment]) -> list[list[dict[str, Any]]]:
     """Label, colour and dashes of every stage of every run."""
+    from torchtitan.experiments.lighthouse.runs.records import number_of
+
     pairs, greys = cycle(PAIRS), cycle(GREYS)
     styles: list[list[dict[str, Any]]] = []
     for experiment in experiments:
         name = f"{experiment.name}: " if len(experiments) > 2 else ""
-        if experiment.parts[0].name == "dense":
+        if experiment.is_baseline:
             styles.append(
                 [{"label": f"{experiment.name}, all steps", "color": next(greys), "linestyle": DASHES} | _ON_TOP]
             )
             continue
-        labels = {"stage1": f"{name}Stage 1, through Lighthouse", "stage2": f"{name}Stage 2, dense"}
-        colours = dict(zip(labels, next(pairs), strict=True))
-        styles.append(
-            [{"label": labels[part.name], "color": colours[part.name], "linewidth": 3} for part in experiment.parts]
-        )
+        (light, dark), lines = next(pairs), {True: cycle(LINES), False: cycle(LINES)}
+        of_stages: list[dict[str, Any]] = []
+        for part in experiment.parts:
+            words = _in_words(part, experiment.changes_context, lighthouse="through Lighthouse")
+            of_stages.append(
+                {
+                    "label": f"{name}Stage {number_of(part.name)}, {words}",
+                    "color": light if part.lighthouse else dark,
+                    "linestyle": next(lines[part.lighthouse]),
+                    "linewidth": 3,
+                }
+            )
+        styles.append(of_stages)
     return styles
 
 
@@ -335,10 +400,11 @@ def draw(experiments: list[Experiment], window: int, path: Path) -> None:
             gaps = [_differences(part, dense) for part in experiment.parts]
             shown["gap"] = ([step for part in gaps for step in part.steps], gaps)
         for name, (along, parts) in shown.items():
-            at = _draw_parts(panels[name], along, parts, styles, window)
-            if at is not None and name != "gap":
-                panels[name].annotate("switch to dense ", (at, 1), xycoords=("data", "axes fraction"), rotation=90,
-                                      color=styles[-1]["color"], fontsize=9, ha="right", va="top")  # fmt: skip
+            for part, style, at in _draw_parts(panels[name], along, parts, styles, window):
+                if name != "gap":
+                    words = f"switch to {_in_words(part, experiment.changes_context)} "
+                    panels[name].annotate(words, (at, 1), xycoords=("data", "axes fraction"), rotation=90,
+                                          color=style["color"], fontsize=9, ha="right", va="top")  # fmt: skip
     for name, axes in panels.items():
         axes.grid(alpha=0.25)
         axes.set_ylabel("training loss (nats per token)" if name != "gap" else f"minus {dense.name}" if dense else "")
@@ -358,23 +424,24 @@ def draw(experiments: list[Experiment], window: int, path: Path) -> None:
 
 def _draw_parts(
     axes: Axes, along: Sequence[float], parts: list[Experiment], styles: list[dict[str, Any]], window: int
-) -> float | None:
-    """A run's stages one after the other, with a line between them, whose place is returned."""
-    start, switch = 0, None
+) -> list[tuple[Experiment, dict[str, Any], float]]:
+    """A run's stages one after the other, with lines between them; returns what begins there, and where."""
+    start, switches = 0, []
     for part, style in zip(parts, styles, strict=True):
         here = along[start : start + len(part.records)]
         if start and here:
             switch = (along[start - 1] + here[0]) / 2
+            switches.append((part, style, switch))
             axes.axvline(switch, color=style["color"], linestyle=":", linewidth=1.2)
         axes.plot(here, part.losses, color=style["color"], alpha=0.3, linewidth=0.8, zorder=1)
         axes.plot(here, part.centred(window), **style)
         start += len(part.records)
-    return switch
+    return switches
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="dump folders; a Stage 2 run right after its Stage 1 run")
+    parser.add_argument("runs", nargs="+", type=Path, help="dump folders; each stage right after the one before it")
     parser.add_argument("--output", type=Path, default=Path("."), help="folder for what is written")
     options = parser.parse_args(arguments)
     # Only now: --help should not wait for torchtitan.
