@@ -245,7 +245,7 @@ def program_of(words: list[str]) -> str:
 
 
 def needs_a_run(words: list[str]) -> bool:
-    return program_of(words) in {"resume_dense", "report", "evaluate", "eval_niah", "export_hf"}
+    return program_of(words) in {"resume_dense", "report", "evaluate", "check_causality", "eval_niah", "export_hf"}
 
 
 #: What is not run, why, and how it is checked instead. ``--help`` is always run.

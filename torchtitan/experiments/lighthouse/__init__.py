@@ -1,8 +1,8 @@
 """Lighthouse Attention in torchtitan: the trainer, what it is made of, and the commands around it.
 
 Importing this package loads nothing and registers nothing. ``train_spec`` registers the model and the datasets with
-torchtitan; ``train`` is the trainer; ``resume_dense``, ``eval_niah``, ``export_hf``, ``report`` and ``sweep`` are
-commands, each run with ``python -m``. docs/architecture.md shows the rooms.
+torchtitan; ``train`` is the trainer; ``resume_dense``, ``evaluate``, ``check_causality``, ``eval_niah``, ``export_hf``,
+``report`` and ``sweep`` are commands, each run with ``python -m``. docs/architecture.md shows the rooms.
 """
 
 from typing import Any

@@ -1,5 +1,6 @@
 """The errors that users see: refusals of what cannot be done as asked, and data at fault."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,9 +14,17 @@ class DataError(ValueError):
 
 
 @contextmanager
-def exit_on_refusal(command: str) -> Iterator[None]:
-    """End the process with ``command: message`` and exit status 1, without a traceback, where ``Refused`` is raised."""
+def exit_on_refusal(command: str, status: int = 1) -> Iterator[None]:
+    """End the process with ``command: message`` and without a traceback where ``Refused`` is raised.
+
+    Args:
+        status: the exit status, for a command to which 1 means something else.
+    """
     try:
         yield
     except Refused as refusal:
-        raise SystemExit(f"{command}: {refusal}") from refusal
+        message = f"{command}: {refusal}"
+        if status == 1:
+            raise SystemExit(message) from refusal
+        print(message, file=sys.stderr)
+        raise SystemExit(status) from refusal
