@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lighthouse import gather_scatter
 from lighthouse.backend import load_kernels
 from lighthouse.config import LighthouseConfig, ResolvedBackend
+from lighthouse.local_window import attend_locally, turned
 from lighthouse.selection import Selection, check_shapes, select
 
 #: Causal attention over [B, H, S, D] and [B, G, S, D]; called with ``enable_gqa=True`` where G < H.
@@ -86,7 +87,10 @@ def attend_selected(
         short_query, short_key = rotate(short_query, position), rotate(short_key, position)
     grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
     output = attention(short_query, short_key, short_value, **grouped)
-    return scatter(output, selection, query.shape[2], config, backend)
+    local = None
+    if config.local_window:
+        local = attend_locally(*turned(query, key, rotate), value, config.local_window)
+    return scatter(output, selection, query.shape[2], config, backend, local=local)
 
 
 def gather(rows: Tensor, selection: Selection, config: LighthouseConfig, backend: ResolvedBackend) -> Tensor:
@@ -124,6 +128,7 @@ def scatter(
     config: LighthouseConfig,
     backend: ResolvedBackend,
     halo: Tensor | None = None,
+    local: Tensor | None = None,
 ) -> Tensor:
     """Write every entry's output to p^ℓ positions, from its last covered one on, and add levels up.
 
@@ -133,13 +138,14 @@ def scatter(
     Args:
         rows: [B, H, S, D], the attention's output, in the order of the selection.
         halo: [B, H, L − 1, D], what the chunk before this one hands over (``lighthouse.context_parallel``).
+        local: [B, H, N, D], what a position gets in place of its level-0 entry's row if that entry is not selected.
 
     Returns:
         [B, H, N, D] in the dtype of ``rows``.
     """
     twin = load_kernels().scatter if backend == "triton" else gather_scatter.scatter
     scattered: Tensor = twin(
-        rows, selection.entry, selection.inverse_map, seq_len, config.num_levels, config.pooling_factor, halo
+        rows, selection.entry, selection.inverse_map, seq_len, config.num_levels, config.pooling_factor, halo, local
     )
     return scattered
 

@@ -11,12 +11,16 @@ from lighthouse.pyramid import level_lengths
 Scorer = Literal["norm", "dilated", "gla"]
 Backend = Literal["auto", "torch", "triton"]
 ResolvedBackend = Literal["torch", "triton"]
+SelectionRule = Literal["published", "delayed", "causal"]
 
 #: Triton's interpreter runs kernels on CPU tensors. Triton reads this variable when it is imported, and so do we.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 #: m, the parents that a tile picks at every level: half by query score, half by key score.
 PARENTS_PER_TILE = 128
+
+#: ``local_window`` is a multiple of this, the rows that window attention's kernels take at once.
+WINDOW_STEP = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,28 +52,42 @@ class LighthouseConfig:
     See docs/method.md, section 10.1.
     """
 
-    delay_scores: bool = False
-    """Score every window by the window of its size that lies one coarsest window earlier in its tile (docs/method.md,
-    section 10.2); the windows under the first coarsest one of a tile score 0.
+    selection: SelectionRule = "published"
+    """Which scores a window is selected by (docs/method.md, section 10.2).
 
-    Off, as published, a window is selected by what it holds, and a model learns to read from the selection what comes
-    next. On, a window's own rows do not raise its own score; they are the score of a later window, which competes.
+    ``published``: its own, compared with all of its tile. A model learns to read from the selection what comes next.
+    ``delayed``: those of the window of its size that lies one coarsest window earlier in the tile, compared with all of
+    the tile; windows under the first coarsest one of a tile score 0. ``causal``: the same scores, compared with earlier
+    windows of the tile only, so that nothing depends on later tokens.
+    """
+
+    local_window: int = 0
+    """W, a multiple of 128: a position whose level-0 entry is not selected gets exact causal attention over its last W
+    positions in place of that entry's output (docs/method.md, section 10.4). 0, as published: it gets nothing.
     """
 
     backend: Backend = "auto"
     """``torch``: plain PyTorch; ``triton``: kernels, never a silent fallback; ``auto``: triton on a GPU, else torch."""
 
     def __post_init__(self) -> None:
-        for name in ("num_levels", "pooling_factor", "top_k", "dilation"):
+        for name in ("num_levels", "pooling_factor", "top_k", "dilation", "local_window"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise ValueError(f"{name}={value!r}: must be an integer")
-        for name, choices in (("scorer", get_args(Scorer)), ("backend", get_args(Backend))):
+        named = {"scorer": Scorer, "selection": SelectionRule, "backend": Backend}
+        for name, choices in ((name, get_args(rule)) for name, rule in named.items()):
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, choices))}")
         if self.dilation < 1:
             raise ValueError(f"dilation={self.dilation}: must be at least 1; nearest valid value: 1")
+        if self.local_window < 0 or self.local_window % WINDOW_STEP:
+            below = max(0, self.local_window // WINDOW_STEP * WINDOW_STEP)
+            nearest = _either({below, below + WINDOW_STEP} if self.local_window > 0 else {0})
+            raise ValueError(
+                f"local_window={self.local_window}: must be 0 or a positive multiple of {WINDOW_STEP}; "
+                f"nearest valid values: {nearest}"
+            )
 
     @property
     def num_tiles(self) -> int:
@@ -126,6 +144,12 @@ class LighthouseConfig:
             raise ValueError(
                 f"top_k={top_k}, seq_len={seq_len}: each of the {tiles} tiles must hold at least {m} entries of the "
                 f"coarsest level, but {coarsest} entries leave {coarsest // tiles}; {remedy}"
+            )
+        if num_chunks > 1 and self.local_window > seq_len // num_chunks:
+            raise ValueError(
+                f"local_window={self.local_window}: must not be longer than the {seq_len // num_chunks} tokens of each "
+                f"of the {num_chunks} chunks of context parallelism; nearest valid value: "
+                f"{seq_len // num_chunks // WINDOW_STEP * WINDOW_STEP}"
             )
         if self.scorer in ("dilated", "gla") and seq_len % self.dilation:
             nearest = _either(_divisors_around(self.dilation, seq_len))

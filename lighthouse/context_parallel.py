@@ -16,6 +16,7 @@ from torch.distributed._functional_collectives import all_to_all_single_autograd
 
 from lighthouse.attention import InnerAttention, LighthouseAttention, Rotate, check_inputs, gather, scatter
 from lighthouse.config import LighthouseConfig
+from lighthouse.local_window import attend_locally, turned
 from lighthouse.pyramid import level_lengths, level_offsets
 from lighthouse.selection import Selection, select
 
@@ -130,10 +131,17 @@ def context_parallel_attention(
         first = torch.arange(len(position), device=position.device) % shards.held * chunk_len
         position = shards.join((position + first[:, None, None])[..., None])[..., 0]
         short[:2] = [rotate(rows, position) for rows in short[:2]]
+    local = None
+    if config.local_window:
+        near = [shards.stack(rows) for rows in (*turned(query, key, rotate), value)]
+        before = shards.pass_halo_on(last_rows(near[1], near[2], config.local_window))
+        local = attend_locally(
+            *near, config.local_window, before=before.chunk(2, dim=-1), starts_every=shards.starts_every
+        )
     grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
     output = shards.stack(attention(*short, **grouped))
     halo = shards.pass_halo_on(halo_of(output, selection, chunk_len, config))
-    return shards.join(scatter(output, selection, chunk_len, config, backend, halo))
+    return shards.join(scatter(output, selection, chunk_len, config, backend, halo, local))
 
 
 class ShardedLighthouseAttention(LighthouseAttention):
@@ -147,6 +155,11 @@ class ShardedLighthouseAttention(LighthouseAttention):
         return context_parallel_attention(
             query, key, value, self.config, self.shards, attention=self.attention, rotate=rotate
         )
+
+
+def last_rows(key: Tensor, value: Tensor, window: int) -> Tensor:
+    """The last W keys and values of a chunk, which its successor's first positions attend to: [B, G, W, 2·D]."""
+    return torch.cat([rows[:, :, -window:] for rows in (key, value)], dim=-1)
 
 
 def halo_of(rows: Tensor, selection: Selection, seq_len: int, config: LighthouseConfig) -> Tensor:

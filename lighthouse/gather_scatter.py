@@ -51,6 +51,7 @@ def scatter(
     num_levels: int,
     pooling_factor: int,
     halo: Tensor | None = None,
+    local: Tensor | None = None,
 ) -> Tensor:
     """Add up, for every position, the rows of the selected entries that write to it.
 
@@ -59,11 +60,13 @@ def scatter(
         entry, inverse_map: as in ``gather``.
         halo: [B, H, L − 1, D], the rows of the entries before each level's first, from level 1 on. They belong to the
             chunk of the sequence before this one; the entry of level ℓ writes to this chunk's first p^ℓ − 1 positions.
+        local: [B, H, N, D], what a position gets in place of its level-0 entry's row where that entry is not selected
+            (docs/method.md, section 10.4).
 
     Returns:
-        [B, H, N, D] in the dtype of ``rows``; differentiable once, in ``rows`` and ``halo``.
+        [B, H, N, D] in the dtype of ``rows``; differentiable once, in ``rows``, ``halo`` and ``local``.
     """
-    scattered: Tensor = _Scatter.apply(rows, entry, inverse_map, seq_len, num_levels, pooling_factor, halo)
+    scattered: Tensor = _Scatter.apply(rows, entry, inverse_map, seq_len, num_levels, pooling_factor, halo, local)
     return scattered
 
 
@@ -80,6 +83,15 @@ def halo_backward(grad: Tensor, num_levels: int, pooling_factor: int) -> Tensor:
     wide = accumulation_dtype(grad.dtype)
     sums = [grad[:, :, : pooling_factor**level - 1].sum(dim=2, dtype=wide) for level in range(1, num_levels)]
     return torch.stack(sums, dim=2).to(grad.dtype)
+
+
+def where_missing(rows: Tensor, inverse_map: Tensor) -> Tensor:
+    """Rows [B, H, N, D], zeroed at positions whose level-0 entry is selected.
+
+    So ``scatter`` takes its local rows, and this is also their gradient, in both backends.
+    """
+    missing = inverse_map[..., : rows.shape[2]] < 0
+    return rows.where(missing.repeat_interleave(rows.shape[1] // missing.shape[1], dim=1)[..., None], 0.0)
 
 
 class _Gather(torch.autograd.Function):
@@ -109,10 +121,11 @@ class _Scatter(torch.autograd.Function):
         num_levels: int,
         pooling_factor: int,
         halo: Tensor | None,
+        local: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(entry, inverse_map)
-        ctx.shape, ctx.has_halo = (num_levels, pooling_factor), halo is not None
-        return _spread(rows, inverse_map, seq_len, num_levels, pooling_factor, written=True, halo=halo)
+        ctx.shape, ctx.has_halo, ctx.has_local = (num_levels, pooling_factor), halo is not None, local is not None
+        return _spread(rows, inverse_map, seq_len, num_levels, pooling_factor, written=True, halo=halo, local=local)
 
     @staticmethod
     @once_differentiable
@@ -120,7 +133,8 @@ class _Scatter(torch.autograd.Function):
         entry, inverse_map = ctx.saved_tensors
         rows_grad = scatter_backward(grad, entry, inverse_map, *ctx.shape)
         halo_grad = halo_backward(grad, *ctx.shape) if ctx.has_halo else None
-        return rows_grad, None, None, None, None, None, halo_grad
+        local_grad = where_missing(grad, inverse_map) if ctx.has_local else None
+        return rows_grad, None, None, None, None, None, halo_grad, local_grad
 
 
 def _pool(rows: Tensor, entry: Tensor, num_levels: int, pooling_factor: int, *, written: bool) -> Tensor:
@@ -146,6 +160,7 @@ def _spread(
     *,
     written: bool,
     halo: Tensor | None = None,
+    local: Tensor | None = None,
 ) -> Tensor:
     """The transpose of ``_pool``: add up, for every position, the rows of the entries in whose window it lies."""
     position = torch.arange(seq_len, device=rows.device)
@@ -156,6 +171,8 @@ def _spread(
         index = (position + shift) // pooling_factor**level - shift
         slot = inverse_map[..., offset + index.clamp(min=0)].where(index >= 0, -1)
         taken = _take_or_zero(rows, slot)
+        if local is not None and level == 0:
+            taken = taken + where_missing(local, inverse_map).to(taken.dtype)
         if not written:
             taken = taken / pooling_factor**level
         if halo is not None and level:

@@ -18,6 +18,10 @@ from lighthouse.pyramid import level_offsets, pool_scores
 from lighthouse.scorers import SCORERS
 
 
+#: Scores that ``_higher_before`` compares with all others at once: it bounds the memory.
+_COMPARED = 256
+
+
 @dataclass(frozen=True)
 class Selection:
     """The S selected pyramid entries of every key/value head, in the order in which attention sees them.
@@ -79,7 +83,7 @@ def select(
         if backend == "triton":
             return _select_by_kernels(query, key, value, config, starts_every)
         query_score, key_score = SCORERS[config.scorer](query, key, value, config)
-        if config.delay_scores:
+        if config.selection != "published":
             query_score, key_score = _delayed(query_score, config), _delayed(key_score, config)
         candidates = _select_candidates(query_score, key_score, config, starts_every)
         return _in_causal_order(candidates, seq_len, config)
@@ -93,9 +97,10 @@ def _select_by_kernels(
         scores = kernels.norm_scores(query, key, p)
     else:
         scores = [pool_scores(score, 2, p)[1] for score in SCORERS[config.scorer](query, key, value, config)]
-    if config.delay_scores:
+    if config.selection != "published":
         scores = [_delayed(score, config, level=1) for score in scores]
-    parents = kernels.pick_parents(*scores, num_levels, p, config.num_tiles, starts_every)
+    causal = config.selection == "causal"
+    parents = kernels.pick_parents(*scores, num_levels, p, config.num_tiles, starts_every, causal)
     return Selection(*kernels.order_entries(parents, query.shape[2], num_levels, p))
 
 
@@ -138,6 +143,7 @@ def _select_candidates(
         The selected indices of each level, finest first, each [B, G, T·C_ℓ] int64: every candidate is selected.
     """
     p, num_levels = config.pooling_factor, config.num_levels
+    pick = _pick_parents_causally if config.selection == "causal" else _pick_parents
     query_levels = pool_scores(query_score, num_levels, p)
     key_levels = pool_scores(key_score, num_levels, p)
 
@@ -146,7 +152,7 @@ def _select_candidates(
     selected = [candidates.flatten(2)]
     children = torch.arange(p, device=query_score.device)
     for level in range(num_levels - 1, 0, -1):
-        parents = _pick_parents(query_levels[level], key_levels[level], candidates, starts_every)
+        parents = pick(query_levels[level], key_levels[level], candidates, starts_every)
         candidates = (parents[..., None] * p + children).flatten(-2)  # [B, G, T, p·m], ascending
         selected.append(candidates.flatten(2))
     return selected[::-1]
@@ -163,14 +169,57 @@ def _pick_parents(query_score: Tensor, key_score: Tensor, candidates: Tensor, st
         [B, G, T, m] int64, ascending.
     """
     by_query, by_key = (_take(score, candidates) for score in (query_score, key_score))
-    if starts_every:
-        # cover_start (docs/method.md, section 10.1): window 0 counts as the highest query score.
-        is_start = (torch.arange(len(candidates), device=candidates.device) % starts_every == 0)[:, None, None, None]
-        by_query = torch.where((candidates == 0) & is_start, math.inf, by_query)
+    by_query = by_query.masked_fill(_is_start(candidates, starts_every), math.inf)
     chosen_by_query = _highest(by_query, PARENTS_PER_TILE // 2)
     by_key = by_key.scatter(-1, chosen_by_query, -math.inf)
     chosen = torch.cat([chosen_by_query, _highest(by_key, PARENTS_PER_TILE // 2)], dim=-1)
     return candidates.gather(-1, chosen.sort(dim=-1).values)
+
+
+def _pick_parents_causally(query_score: Tensor, key_score: Tensor, candidates: Tensor, starts_every: int) -> Tensor:
+    """The same from the past alone (docs/method.md, section 10.2): a candidate is chosen if it is among the highest of
+    the candidates up to itself, in the share that is wanted of all, until there are enough; when only as many are left
+    as are missing, all of them are.
+
+    Arguments and result as for ``_pick_parents``.
+    """
+    half, count = PARENTS_PER_TILE // 2, candidates.shape[-1]
+    by_query, by_key = (_take(score, candidates) for score in (query_score, key_score))
+    is_start = _is_start(candidates, starts_every)
+    place = torch.arange(count, device=candidates.device)
+
+    high = (2 * _higher_before(by_query.masked_fill(is_start, math.inf)) + 1) * count < 2 * half * (place + 1)
+    in_a = _first(high | is_start, half)
+    rest_up_to = place + 1 - in_a.cumsum(-1)
+    high = (2 * _higher_before(by_key.masked_fill(in_a, -math.inf)) + 1) * (count - half) < 2 * half * rest_up_to
+    chosen = in_a | _first(high & ~in_a, half)
+    missing = PARENTS_PER_TILE - (chosen.cumsum(-1) - chosen.long())
+    chosen = chosen | (count - place <= missing)
+    # Exactly m of each tile: the stable sort puts them first, in their order.
+    order = (~chosen).to(torch.int8).sort(dim=-1, stable=True).indices[..., :PARENTS_PER_TILE]
+    return candidates.gather(-1, order)
+
+
+def _higher_before(scores: Tensor) -> Tensor:
+    """How many of the scores before each one, [..., C], are at least as high."""
+    higher = torch.zeros_like(scores, dtype=torch.int64)
+    place = torch.arange(scores.shape[-1], device=scores.device)
+    for others, first in zip(scores.split(_COMPARED, dim=-1), range(0, scores.shape[-1], _COMPARED), strict=True):
+        before = place[first : first + _COMPARED] < place[:, None]
+        higher += ((others[..., None, :] >= scores[..., None]) & before).sum(-1)
+    return higher
+
+
+def _first(chosen: Tensor, count: int) -> Tensor:
+    """The first ``count`` of those that are chosen."""
+    return chosen & (chosen.cumsum(-1) <= count)
+
+
+def _is_start(candidates: Tensor, starts_every: int) -> Tensor:
+    """Which of the candidates [B, G, T, C] are window 0 of a sequence. With ``cover_start`` it counts as the highest
+    query score and is always a parent (docs/method.md, section 10.1)."""
+    sequence = torch.arange(len(candidates), device=candidates.device)[:, None, None, None]
+    return (candidates == 0) & (sequence % starts_every == 0) if starts_every else torch.zeros_like(candidates).bool()
 
 
 def _highest(scores: Tensor, count: int) -> Tensor:

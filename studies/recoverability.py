@@ -61,7 +61,7 @@ ARMS = [
     Arm("norm k512", (), (10, 11, 12)),
     Arm("dense, seed 1", ("--lighthouse.no-enable",), (), seed=1),
     Arm("norm k512, seed 1", seed=1),
-    Arm("delayed k512", ("--lighthouse.delay_scores",)),
+    Arm("delayed k512", ("--lighthouse.selection=delayed",)),
     Arm("after_gather k512", ("--lighthouse.rope=after_gather",)),
     Arm("dilated k512", ("--lighthouse.scorer=dilated",)),
     Arm("norm k1024", ("--lighthouse.top_k=1024",)),

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lighthouse.gather_scatter import halo_backward
+from lighthouse.gather_scatter import halo_backward, where_missing
 from lighthouse.kernels.common import accumulator, log2, padded, with_contiguous_rows
 from lighthouse.pyramid import accumulation_dtype, level_lengths, level_offsets
 
@@ -189,11 +189,12 @@ def _empty_short(rows: Tensor, selected: int) -> Tensor:
 
 @triton.jit
 def _spread_kernel(
-    rows, inverse_map, halo, out,
-    stride_b, stride_h, stride_s, out_stride_b, out_stride_h, out_stride_n,
+    rows, inverse_map, halo, local, out,
+    stride_b, stride_h, stride_s, local_stride_b, local_stride_h, local_stride_n,
+    out_stride_b, out_stride_h, out_stride_n,
     seq_len, blocks, heads, groups, head_dim, num_entries,
-    NUM_LEVELS: tl.constexpr, WRITTEN: tl.constexpr, HAS_HALO: tl.constexpr, LOG_FACTOR: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+    NUM_LEVELS: tl.constexpr, WRITTEN: tl.constexpr, HAS_HALO: tl.constexpr, HAS_LOCAL: tl.constexpr,
+    LOG_FACTOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     shift: tl.constexpr = 1 if WRITTEN else 0
     block = tl.program_id(0) % blocks
@@ -216,6 +217,12 @@ def _spread_kernel(
             mask=(slots >= 0)[:, None] & in_row,
             other=0.0,
         ).to(ACC)
+        if HAS_LOCAL and level == 0:
+            at = position.to(tl.int64)[:, None] * local_stride_n + columns[None, :]
+            missing = inside & (slots < 0)
+            taken += tl.load(
+                local + b * local_stride_b + h * local_stride_h + at, mask=missing[:, None] & in_row, other=0.0
+            ).to(ACC)
         if not WRITTEN:
             taken = taken / (1 << (LOG_FACTOR * level))
         if HAS_HALO and level > 0:
@@ -237,18 +244,24 @@ def _spread(
     *,
     written: bool,
     halo: Tensor | None = None,
+    local: Tensor | None = None,
 ) -> Tensor:
     """[B, H, S, D] to [B, H, N, D], stored as [B, N, H, D], which is how attention modules go on."""
     rows, inverse_map = with_contiguous_rows(rows), inverse_map.contiguous()
     batch, heads, _, head_dim = rows.shape
     out = _empty_long(rows, seq_len)
+    # Tensors that are not there are not read: any other takes their place.
+    halo_rows = rows if halo is None else halo.contiguous()
+    local_rows = rows if local is None else with_contiguous_rows(local)
     block_d = padded(head_dim)
     block_n = 4 * BLOCK_SIZE // block_d
     blocks = triton.cdiv(seq_len, block_n)
     _spread_kernel[(blocks * batch * heads,)](
-        rows, inverse_map, rows if halo is None else halo.contiguous(), out, *rows.stride()[:3], *out.stride()[:3],
+        rows, inverse_map, halo_rows, local_rows, out,
+        *rows.stride()[:3], *local_rows.stride()[:3], *out.stride()[:3],
         seq_len, blocks, heads, inverse_map.shape[1], head_dim, inverse_map.shape[2],
-        NUM_LEVELS=num_levels, WRITTEN=written, HAS_HALO=halo is not None, LOG_FACTOR=log2(pooling_factor),
+        NUM_LEVELS=num_levels, WRITTEN=written, HAS_HALO=halo is not None, HAS_LOCAL=local is not None,
+        LOG_FACTOR=log2(pooling_factor),
         BLOCK_N=block_n, BLOCK_D=block_d, ACC=accumulator(rows.dtype),
     )  # fmt: skip
     return out
@@ -284,16 +297,16 @@ def _(grad: Tensor, inverse_map: Tensor, seq_len: int, num_levels: int, pooling_
 @torch.library.custom_op("lighthouse::scatter", mutates_args=())
 def scatter(
     rows: Tensor, entry: Tensor, inverse_map: Tensor, seq_len: int, num_levels: int, pooling_factor: int,
-    halo: Tensor | None = None,
+    halo: Tensor | None = None, local: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """``lighthouse.gather_scatter.scatter``; the result is stored as [B, N, H, D]."""
-    return _spread(rows, inverse_map, seq_len, num_levels, pooling_factor, written=True, halo=halo)
+    return _spread(rows, inverse_map, seq_len, num_levels, pooling_factor, written=True, halo=halo, local=local)
 
 
 @scatter.register_fake
 def _(
     rows: Tensor, entry: Tensor, inverse_map: Tensor, seq_len: int, num_levels: int, pooling_factor: int,
-    halo: Tensor | None = None,
+    halo: Tensor | None = None, local: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     return _empty_long(rows, seq_len)
 
@@ -321,16 +334,17 @@ def _differentiate_gather(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _setup_scatter(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, entry, inverse_map, _, *ctx.shape, halo = inputs
+    _, entry, inverse_map, _, *ctx.shape, halo, local = inputs
     ctx.save_for_backward(entry, inverse_map)
-    ctx.has_halo = halo is not None
+    ctx.has_halo, ctx.has_local = halo is not None, local is not None
 
 
 def _differentiate_scatter(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     entry, inverse_map = ctx.saved_tensors
     rows_grad = scatter_backward(grad, entry, inverse_map, *ctx.shape)
     halo_grad = halo_backward(grad, *ctx.shape) if ctx.has_halo else None
-    return rows_grad, None, None, None, None, None, halo_grad
+    local_grad = where_missing(grad, inverse_map) if ctx.has_local else None
+    return rows_grad, None, None, None, None, None, halo_grad, local_grad
 
 
 gather.register_autograd(_differentiate_gather, setup_context=_setup_gather)

@@ -5,6 +5,7 @@ and returns the parents instead of their children; ``lighthouse.selection._in_ca
 
 ``pick_parents`` runs one program per tile. At every level it finds the 64th highest score, from the highest bits down
 (scores are not negative, so their bits order as they do), and takes what is above it and the first of what equals it.
+If it selects causally, it compares every candidate with all that come before it instead.
 ``order_entries`` computes the slot of every selected entry by itself: the number of selected entries before it. These
 are counted level by level, as children of parents, by a binary search in the sorted list of parents.
 """
@@ -21,6 +22,9 @@ from lighthouse.pyramid import level_lengths, level_offsets
 _M = tl.constexpr(PARENTS_PER_TILE)
 _LOG_M = tl.constexpr(log2(PARENTS_PER_TILE))
 BLOCK_ENTRIES = 256
+
+#: Pairs of scores that a causally selecting program compares at once: as many as fit into registers.
+COMPARED_AT_ONCE = 32768
 
 
 @triton.jit
@@ -49,6 +53,47 @@ def _highest(bits, COUNT: tl.constexpr, NUM_BITS: tl.constexpr):
 
 
 @triton.jit
+def _higher_before(
+    bits, place, stored,
+    NUM_CANDIDATES: tl.constexpr, COMPARED: tl.constexpr,
+):  # fmt: skip
+    """How many of ``bits`` before each one are at least as high, int64; ``stored`` is room for all of them."""
+    # All threads may still be reading what was stored before, and must then see what is stored now.
+    tl.debug_barrier()
+    tl.store(stored + place, bits)
+    tl.debug_barrier()
+    higher = place * 0
+    for first in range(0, NUM_CANDIDATES, COMPARED):
+        other = first + tl.arange(0, COMPARED)
+        at_least = tl.load(stored + other)[None, :] >= bits[:, None]
+        higher += tl.sum((at_least & (other[None, :] < place[:, None])).to(tl.int32), axis=1)
+    return higher.to(tl.int64)
+
+
+@triton.jit
+def _first(chosen, COUNT: tl.constexpr):
+    return chosen & (tl.cumsum(chosen.to(tl.int32), axis=0) <= COUNT)
+
+
+@triton.jit
+def _chosen_causally(
+    query_bits, key_bits, is_start, place, count, stored,
+    NUM_CANDIDATES: tl.constexpr, COMPARED: tl.constexpr,
+):  # fmt: skip
+    """Which of the ``count`` candidates are parents, from the past alone; bits are negative past ``count``."""
+    half: tl.constexpr = _M // 2
+    high = (2 * _higher_before(query_bits, place, stored, NUM_CANDIDATES, COMPARED) + 1) * count < (place + 1) * _M
+    in_a = _first((high & (query_bits >= 0)) | is_start, half)
+    rest_up_to = place + 1 - tl.cumsum(in_a.to(tl.int32), axis=0)
+    key_bits = tl.where(in_a, -1, key_bits)
+    higher = _higher_before(key_bits, place, stored, NUM_CANDIDATES, COMPARED)
+    high = (2 * higher + 1) * (count - half) < rest_up_to * _M
+    chosen = in_a | _first(high & (key_bits >= 0), half)
+    taken_before = tl.cumsum(chosen.to(tl.int32), axis=0) - chosen.to(tl.int32)
+    return (chosen | (count - place + taken_before <= _M)) & (place < count)
+
+
+@triton.jit
 def _window_max(score, index, valid, width, BITS: tl.constexpr):
     """The highest score of each window of ``width`` level-1 entries, as integers; −1 where not valid."""
     best = tl.load(score + index * width, mask=valid, other=0.0)
@@ -61,25 +106,33 @@ def _window_max(score, index, valid, width, BITS: tl.constexpr):
 
 @triton.jit
 def _pick(
-    query_score, key_score, index, valid, width, parents, cover_start,
+    query_score, key_score, index, place, count, width, parents, stored, cover_start,
     BITS: tl.constexpr, NUM_BITS: tl.constexpr, INFINITY_BITS: tl.constexpr,
+    CAUSAL: tl.constexpr, NUM_CANDIDATES: tl.constexpr, COMPARED: tl.constexpr,
 ):  # fmt: skip
-    """Store the m parents among the candidates ``index``, both ascending. ``cover_start``: window 0 is one of them."""
+    """Store the m parents among the first ``count`` candidates ``index``, both ascending. ``cover_start``: window 0 is
+    one of them."""
+    valid = place < count
     query_bits = _window_max(query_score, index, valid, width, BITS)
     key_bits = _window_max(key_score, index, valid, width, BITS)
-    query_bits = tl.where((index == 0) & valid & cover_start, tl.maximum(query_bits, INFINITY_BITS), query_bits)
-    by_query = _highest(query_bits, _M // 2, NUM_BITS)
-    by_key = _highest(tl.where(by_query, -1, key_bits), _M // 2, NUM_BITS)
-    chosen = by_query | by_key
+    is_start = (index == 0) & valid & cover_start
+    query_bits = tl.where(is_start, tl.maximum(query_bits, INFINITY_BITS), query_bits)
+    if CAUSAL:
+        chosen = _chosen_causally(query_bits, key_bits, is_start, place, count, stored, NUM_CANDIDATES, COMPARED)
+    else:
+        by_query = _highest(query_bits, _M // 2, NUM_BITS)
+        by_key = _highest(tl.where(by_query, -1, key_bits), _M // 2, NUM_BITS)
+        chosen = by_query | by_key
     rank = tl.cumsum(chosen.to(tl.int32), axis=0) - 1
     tl.store(parents + rank, index, mask=chosen)
 
 
 @triton.jit
 def _pick_parents_kernel(
-    query_score, key_score, parents, groups, tiles, per_tile, length, starts_every,
+    query_score, key_score, parents, stored, groups, tiles, per_tile, length, starts_every,
     NUM_LEVELS: tl.constexpr, FACTOR: tl.constexpr, LOG_FACTOR: tl.constexpr, COARSEST: tl.constexpr,
     BITS: tl.constexpr, NUM_BITS: tl.constexpr, INFINITY_BITS: tl.constexpr,
+    CAUSAL: tl.constexpr, ROOM: tl.constexpr, COMPARED: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0) % tiles
     bg = (tl.program_id(0) // tiles).to(tl.int64)
@@ -87,14 +140,13 @@ def _pick_parents_kernel(
     query_score += bg * length
     key_score += bg * length
     parents += (bg * tiles + tile) * (NUM_LEVELS - 1) * _M  # a tile's lists, level 1's first
+    stored += (bg * tiles + tile) * ROOM
 
-    offset = tl.arange(0, COARSEST)
-    valid = offset < per_tile
-    index = tile * per_tile + offset
+    place = tl.arange(0, COARSEST)
     width = 1 << (LOG_FACTOR * (NUM_LEVELS - 2))
     _pick(
-        query_score, key_score, index, valid, width, parents + (NUM_LEVELS - 2) * _M, cover_start,
-        BITS, NUM_BITS, INFINITY_BITS,
+        query_score, key_score, tile * per_tile + place, place, per_tile, width, parents + (NUM_LEVELS - 2) * _M,
+        stored, cover_start, BITS, NUM_BITS, INFINITY_BITS, CAUSAL, COARSEST, COMPARED,
     )  # fmt: skip
     for step in tl.static_range(1, NUM_LEVELS - 1):
         # The list of the level above is stored by all threads and read by all.
@@ -103,18 +155,21 @@ def _pick_parents_kernel(
         children = tl.reshape((above * FACTOR)[:, None] + tl.arange(0, FACTOR)[None, :], (_M * FACTOR,))
         width = 1 << (LOG_FACTOR * (NUM_LEVELS - 2 - step))
         _pick(
-            query_score, key_score, children, children >= 0, width, parents + (NUM_LEVELS - 2 - step) * _M,
-            cover_start, BITS, NUM_BITS, INFINITY_BITS,
+            query_score, key_score, children, tl.arange(0, _M * FACTOR), _M * FACTOR, width,
+            parents + (NUM_LEVELS - 2 - step) * _M, stored, cover_start, BITS, NUM_BITS, INFINITY_BITS,
+            CAUSAL, _M * FACTOR, COMPARED,
         )  # fmt: skip
 
 
 @torch.library.custom_op("lighthouse::pick_parents", mutates_args=())
 def pick_parents(
-    query_score: Tensor, key_score: Tensor, num_levels: int, pooling_factor: int, num_tiles: int, starts_every: int
-) -> Tensor:
+    query_score: Tensor, key_score: Tensor, num_levels: int, pooling_factor: int, num_tiles: int, starts_every: int,
+    causal: bool,
+) -> Tensor:  # fmt: skip
     """Scores of level 1, [B, G, N/p], to the parents of every level above 0: [B, G, T, L−1, m] int32, ascending.
 
     ``starts_every``: as in ``lighthouse.select``, and 0 where ``cover_start`` is off (docs/method.md, section 10.1).
+    ``causal``: compare a window with earlier ones only (docs/method.md, section 10.2).
     """
     parents = _empty_parents(query_score, num_levels, num_tiles)
     batch, groups, length = query_score.shape
@@ -122,11 +177,14 @@ def pick_parents(
     double = query_score.dtype == torch.float64
     infinity = 0x7FF0000000000000 if double else 0x7F800000
     coarsest = padded(per_tile)
+    room = max(coarsest, PARENTS_PER_TILE * pooling_factor) if causal else 0
+    stored = parents.new_empty(batch * groups * num_tiles * room, dtype=torch.int64 if double else torch.int32)
     _pick_parents_kernel[(batch * groups * num_tiles,)](
-        query_score.contiguous(), key_score.contiguous(), parents, groups, num_tiles, per_tile, length, starts_every,
+        query_score.contiguous(), key_score.contiguous(), parents, stored, groups, num_tiles, per_tile, length,
+        starts_every,
         NUM_LEVELS=num_levels, FACTOR=pooling_factor, LOG_FACTOR=log2(pooling_factor), COARSEST=coarsest,
         BITS=tl.int64 if double else tl.int32, NUM_BITS=63 if double else 31,
-        INFINITY_BITS=infinity,
+        INFINITY_BITS=infinity, CAUSAL=causal, ROOM=room, COMPARED=max(1, min(32, COMPARED_AT_ONCE // max(1, room))),
         num_warps=min(32, max(4, coarsest // 256)),
     )  # fmt: skip
     return parents
@@ -139,8 +197,9 @@ def _empty_parents(score: Tensor, num_levels: int, num_tiles: int) -> Tensor:
 
 @pick_parents.register_fake
 def _(
-    query_score: Tensor, key_score: Tensor, num_levels: int, pooling_factor: int, num_tiles: int, starts_every: int
-) -> Tensor:
+    query_score: Tensor, key_score: Tensor, num_levels: int, pooling_factor: int, num_tiles: int, starts_every: int,
+    causal: bool,
+) -> Tensor:  # fmt: skip
     return _empty_parents(query_score, num_levels, num_tiles)
 
 

@@ -35,7 +35,11 @@ CASES = {
         (1, 1, 1280, 2), 32, {"num_levels": 4, "pooling_factor": 2, "top_k": 128, "cover_start": False},
     ),
     "l3_p2_delayed": (
-        (1, 1, 1280, 2), 32, {"num_levels": 3, "pooling_factor": 2, "top_k": 256, "delay_scores": True},
+        (1, 1, 1280, 2), 32, {"num_levels": 3, "pooling_factor": 2, "top_k": 256, "selection": "delayed"},
+    ),
+    "l3_p2_causal_window": (
+        (2, 1, 1280, 2), 32,
+        {"num_levels": 3, "pooling_factor": 2, "top_k": 256, "selection": "causal", "local_window": 128},
     ),
 }  # fmt: skip
 
@@ -59,7 +63,7 @@ def make(shape: tuple[int, int, int, int], denominator: int, settings: dict, see
     leaves = [x.requires_grad_() for x in (query, key, value)]
     output = torch.stack(
         [
-            attend_naively(query[h], key[g], value[g], selected[g], config.pooling_factor)
+            attend_naively(query[h], key[g], value[g], selected[g], config.pooling_factor, window=config.local_window)
             for h, g in ((h, h // per_group) for h in range(heads))
         ]
     )

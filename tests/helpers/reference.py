@@ -22,7 +22,7 @@ def select_naively(query_score: Tensor, key_score: Tensor, config: LighthouseCon
     selected = []
     window = p ** (num_levels - 1)
     coarsest = seq_len // window
-    if config.delay_scores:
+    if config.selection != "published":
         tile = seq_len // tiles
         query_score, key_score = (
             torch.tensor([score[j - window] if j % tile >= window else 0.0 for j in range(seq_len)], dtype=score.dtype)
@@ -35,20 +35,62 @@ def select_naively(query_score: Tensor, key_score: Tensor, config: LighthouseCon
             by_query, by_key = pooled(query_score, level), pooled(key_score, level)
             if config.cover_start:
                 by_query[0] = float("inf")
-            a = sorted(candidates, key=lambda i: (-by_query[i], i))[: M // 2]
-            rest = [i for i in candidates if i not in a]
-            b = sorted(rest, key=lambda i: (-by_key[i], i))[: M // 2]
-            candidates = [p * i + j for i in sorted(a + b) for j in range(p)]
+            if config.selection == "causal":
+                parents = choose_one_by_one(by_query, by_key, candidates, config.cover_start)
+            else:
+                a = sorted(candidates, key=lambda i: (-by_query[i], i))[: M // 2]
+                rest = [i for i in candidates if i not in a]
+                parents = sorted(a + sorted(rest, key=lambda i: (-by_key[i], i))[: M // 2])
+            candidates = [p * i + j for i in parents for j in range(p)]
         selected += [(0, i) for i in candidates]
     return sorted(selected, key=lambda entry: ((entry[1] + 1) * p ** entry[0] - 1, entry[0]))
 
 
+def choose_one_by_one(
+    by_query: list[float], by_key: list[float], candidates: list[int], cover_start: bool
+) -> list[int]:
+    """The parents of a tile from the past alone (docs/method.md, section 10.2), as one passes over its candidates."""
+    half, count = M // 2, len(candidates)
+    a: list[int] = []
+    b: list[int] = []
+    rest: list[int] = []  # those so far that are not in a
+    forced: list[int] = []
+    for place, i in enumerate(candidates):
+        taken_before = len(a) + len(b) + len(forced)
+        rank = sum(by_query[j] >= by_query[i] for j in candidates[:place])
+        wanted_by_query = (rank + 0.5) / (place + 1) < half / count or (cover_start and i == 0)
+        if wanted_by_query and len(a) < half:
+            a.append(i)
+            continue
+        rank = sum(by_key[j] >= by_key[i] for j in rest)
+        rest.append(i)
+        if (rank + 0.5) / len(rest) < half / (count - half) and len(b) < half:
+            b.append(i)
+        elif count - place <= M - taken_before:
+            forced.append(i)
+    return sorted(a + b + forced)
+
+
+def attend_locally_naively(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
+    """One head, [N, D] float64: each position over the last ``window`` positions (docs/method.md, section 10.4)."""
+    position = torch.arange(len(query))
+    distance = position[:, None] - position
+    scores = query @ key.T / query.shape[-1] ** 0.5
+    return scores.masked_fill((distance < 0) | (distance >= window), float("-inf")).softmax(-1) @ value
+
+
 def attend_naively(
-    query: Tensor, key: Tensor, value: Tensor, entries: list[tuple[int, int]], p: int, turn: Turn | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    entries: list[tuple[int, int]],
+    p: int,
+    turn: Turn | None = None,
+    window: int = 0,
 ) -> Tensor:
     """One head, [N, D] float64, through given entries. What an entry sees is read off the definition, not the order:
     every entry whose last position is not after its own, ancestors of itself excepted (they follow it).
-    ``turn`` rotates a pooled query or key by the last position of its entry."""
+    ``turn`` rotates a pooled query or key by the last position of its entry; ``window`` is ``local_window``."""
     seq_len, head_dim = query.shape
 
     def rows(x: Tensor) -> Tensor:
@@ -70,4 +112,11 @@ def attend_naively(
         first = i * p**level + p**level - 1
         for position in range(first, min(first + p**level, seq_len)):
             output[position] = output[position] + row
+    if window:
+        if turn is not None:
+            query, key = (torch.stack([turn(row, t) for t, row in enumerate(x)]) for x in (query, key))
+        near, selected = attend_locally_naively(query, key, value, window), set(entries)
+        for position in range(seq_len):
+            if (0, position) not in selected:
+                output[position] = output[position] + near[position]
     return torch.stack(output)

@@ -11,6 +11,7 @@ from helpers.cases import GEOMETRIES, entries, make, qkv, random_rows, run
 from helpers.reference import attend_naively
 from lighthouse import LighthouseAttention, LighthouseConfig, attend_selected, lighthouse_attention, select
 from lighthouse.attention import gather, scatter
+from lighthouse.local_window import attend_locally
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -25,7 +26,7 @@ def reference(query, key, value, selection, config, turn=None):
                 [
                     attend_naively(
                         query[b, h], *(x[b, h // per_group] for x in (key, value)),
-                        entries(selection, b, h // per_group), config.pooling_factor, turn,
+                        entries(selection, b, h // per_group), config.pooling_factor, turn, config.local_window,
                     )
                     for h in range(heads)
                 ]
@@ -49,11 +50,82 @@ def test_output_and_gradients_equal_the_definition(geometry, groups, on):
         torch.testing.assert_close(got.cpu(), want, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("groups", [None, 1])
+@pytest.mark.parametrize(
+    ("geometry", "window", "selection"), [(GEOMETRIES[1], 128, "causal"), (GEOMETRIES[2], 384, "published")]
+)
+def test_a_local_window_fills_exactly_the_holes(geometry, window, selection, on):
+    """Output and gradients against the definition, grouped heads; and nothing changes at any other position."""
+    config, seq_len = make(*geometry, selection=selection, local_window=window, backend=on["backend"])
+    inputs = qkv(seq_len, heads=2, groups=1, batch=2 if window == 128 else 1)
+    grad = random_rows(*inputs[0].shape, seed=9, dtype=torch.float64)
+    chosen = select(inputs[0], inputs[1], replace(config, backend="torch"))
+    expected = run(*inputs, config, grad, lambda q, k, v, c: reference(q, k, v, chosen, c))
+    on_device = [x.to(on["device"]) for x in inputs]
+    ours = run(*on_device, config, grad.to(on["device"]))
+    for got, want in zip(ours, expected, strict=True):
+        torch.testing.assert_close(got.cpu(), want, rtol=1e-10, atol=1e-10)
+    without = lighthouse_attention(*on_device, replace(config, local_window=0)).cpu()
+    changed = (without != ours[0].cpu()).any(-1)
+    hole = (chosen.inverse_map[..., :seq_len] < 0).repeat_interleave(2, dim=1)
+    assert torch.equal(changed, hole) and hole.any() and not hole.all()
+
+
+@pytest.mark.parametrize("window", [1024, 2048])
+def test_a_window_over_everything_is_dense_where_nothing_is_selected(window):
+    config, seq_len = make(1024, 3, 2, 128)
+    query, key, value = qkv(seq_len, heads=4, groups=2)
+    selection = select(query, key, config)
+    nothing = replace(selection, inverse_map=torch.full_like(selection.inverse_map, -1))
+    local = attend_locally(query, key, value, window)
+    rows = torch.zeros(1, 4, selection.entry.shape[-1], 16, dtype=query.dtype)
+    dense = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(scatter(rows, nothing, seq_len, config, "torch", local=local), dense)
+
+
+@pytest.mark.parametrize(("seq_len", "window"), [(640, 128), (500, 384), (320, 256), (96, 128)])
+@pytest.mark.parametrize("dtype", [torch.float64, *HALF], ids=str)
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+)
+def test_local_attention_is_attention_under_a_band(seq_len, window, dtype, device):
+    """Any length; grouped heads; and the later part with the rows before it equals the later part of the whole.
+
+    In low precision: as good as stock attention of that dtype, up to a factor of two."""
+    inputs = qkv(seq_len, heads=4, groups=2, batch=2, head_dim=16, dtype=dtype, device=device)
+    position = torch.arange(seq_len, device=device)
+    distance = position[:, None] - position
+    band = (distance >= 0) & (distance < window)
+
+    def banded(q, k, v, _=None):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=band, enable_gqa=True)
+
+    def local(q, k, v, _=None):
+        return attend_locally(q, k, v, window)
+
+    def in_two(q, k, v, _=None):
+        half = seq_len // 2
+        if half < window:
+            return local(q, k, v)
+        before = [rows[:, :, half - window : half] for rows in (k, v)]
+        later = attend_locally(*(rows[:, :, half:] for rows in (q, k, v)), window, before=before, starts_every=0)
+        return torch.cat([attend_locally(*(rows[:, :, :half] for rows in (q, k, v)), window), later], dim=2)
+
+    grad = random_rows(*inputs[0].shape, seed=9, dtype=dtype, device=device)
+    exact = run(*(x.double() for x in inputs), None, grad.double(), banded)
+    stock = run(*inputs, None, grad, banded)
+    for attention in (local, in_two):
+        for got, want, other in zip(run(*inputs, None, grad, attention), exact, stock, strict=True):
+            assert got.dtype == dtype
+            allowed = 1e-12 * want.norm() if dtype == torch.float64 else 2 * (other.double() - want).norm()
+            assert (got.double() - want).norm() <= allowed
+
+
+@pytest.mark.parametrize(("groups", "window"), [(None, 0), (1, 0), (1, 128)])
 @pytest.mark.parametrize("geometry", GEOMETRIES[:2])
-def test_rotary_embedding_after_the_gather_equals_the_definition(geometry, groups, on):
-    """Pooled without, then each entry turned by its last covered position; and turned by 0 it is no embedding."""
-    config, seq_len = make(*geometry, backend=on["backend"])
+def test_rotary_embedding_after_the_gather_equals_the_definition(geometry, groups, window, on):
+    """Pooled without, then each entry turned by its last covered position, and rows of the window each by its own; and
+    turned by 0 it is no embedding."""
+    config, seq_len = make(*geometry, local_window=window, backend=on["backend"])
     inputs = qkv(seq_len, heads=2, groups=groups, head_dim=4)
     grad = random_rows(*inputs[0].shape, seed=9, dtype=torch.float64)
     frequency = torch.tensor([0.3, 0.002], dtype=torch.float64)
@@ -263,19 +335,26 @@ def test_autocast_leaves_scores_alone():
     assert torch.equal(got.entry, expected.entry)
 
 
-@pytest.mark.parametrize("scorer", ["norm", "dilated", "gla"])
-def test_compiles_into_one_graph(scorer, on):
-    config, seq_len = make(1024, 3, 2, 128, scorer=scorer, backend=on["backend"])
+@pytest.mark.parametrize(
+    ("settings", "dtype"),
+    [({"scorer": scorer}, torch.float32) for scorer in ("norm", "dilated", "gla")]
+    + [({"selection": "causal", "local_window": 128}, dtype) for dtype in (torch.float32, torch.bfloat16)],
+    ids=str,
+)
+def test_compiles_into_one_graph(settings, dtype, on):
+    config, seq_len = make(1024, 3, 2, 128, **settings, backend=on["backend"])
     device = on["device"]
-    inputs = qkv(seq_len, heads=4, groups=2, dtype=torch.float32, device=device)
+    inputs = qkv(seq_len, heads=4, groups=2, dtype=dtype, device=device)
     grad = random_rows(*inputs[0].shape, seed=9, device=device)
+    torch.compiler.reset()  # it gives up after eight versions of a function
     compiled = torch.compile(lighthouse_attention, fullgraph=True, backend="aot_eager")
     for got, want in zip(run(*inputs, config, grad, compiled), run(*inputs, config, grad), strict=True):
         torch.testing.assert_close(got, want)
 
 
-def test_activation_checkpointing_recomputes_the_same(on):
-    config, seq_len = make(1024, 3, 2, 128, backend=on["backend"])
+@pytest.mark.parametrize("window", [0, 128])
+def test_activation_checkpointing_recomputes_the_same(window, on):
+    config, seq_len = make(1024, 3, 2, 128, local_window=window, backend=on["backend"])
     device = on["device"]
     inputs = qkv(seq_len, dtype=torch.float32, device=device)
     grad = random_rows(*inputs[0].shape, seed=9, device=device)
@@ -376,11 +455,11 @@ def test_inputs_that_do_not_fit_are_refused():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(("backend", "window"), [("torch", 0), ("triton", 0), ("triton", 512)])
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_full_length_on_a_gpu(backend):
+def test_full_length_on_a_gpu(backend, window):
     """98,304 tokens in bfloat16, forward and backward, against the same layer in float32."""
-    config = LighthouseConfig(backend=backend)
+    config = LighthouseConfig(backend=backend, local_window=window, selection="causal" if window else "published")
     inputs = qkv(98304, heads=8, head_dim=128, dtype=torch.bfloat16, device="cuda")
     grad = random_rows(1, 8, 98304, 128, seed=9, dtype=torch.bfloat16, device="cuda")
     low = run(*inputs, config, grad)

@@ -119,6 +119,11 @@ def test_dilation_divides_the_sequence():
         ({"dilation": 0}, "nearest valid value: 1"),
         ({"top_k": 1536.0}, "integer"),
         ({"num_levels": True}, "integer"),
+        ({"selection": "casual"}, "'published', 'delayed', 'causal'"),
+        ({"local_window": -128}, "nearest valid values: 0"),
+        ({"local_window": 100}, "nearest valid values: 0 or 128"),
+        ({"local_window": 500}, "nearest valid values: 384 or 512"),
+        ({"local_window": 512.0}, "integer"),
     ],
 )
 def test_wrong_names_and_types_are_refused_at_construction(changes, expected):
@@ -126,6 +131,16 @@ def test_wrong_names_and_types_are_refused_at_construction(changes, expected):
     with pytest.raises(ValueError, match=re.escape(f"{name}={value!r}")) as error:
         LighthouseConfig(**changes)
     assert expected in str(error.value)
+
+
+def test_a_window_fits_into_a_chunk():
+    config = LighthouseConfig(local_window=12288)
+    config.validate(98304, 4)
+    config.validate(98304)
+    with pytest.raises(
+        ValueError, match=r"local_window=12288: .* 8192 tokens .* 12 chunks .* nearest valid value: 8192"
+    ):
+        config.validate(98304, 12)
 
 
 def test_an_explicit_backend_never_falls_back(monkeypatch):

@@ -14,7 +14,8 @@ from lighthouse import (
     select,
 )
 from lighthouse.attention import gather, scatter
-from lighthouse.context_parallel import halo_of
+from lighthouse.context_parallel import halo_of, last_rows
+from lighthouse.local_window import attend_locally
 
 
 def stack(rows, num_chunks):
@@ -32,10 +33,13 @@ def in_chunks(query, key, value, config, num_chunks=4, with_halo=True):
     backend = config.resolve_backend(query.device.type)
     selection = select(*chunks[:2], local, starts_every=num_chunks)
     short = [join(gather(rows, selection, local, backend), num_chunks) for rows in chunks]
+    before = last_rows(*chunks[1:], local.local_window).unflatten(0, (-1, num_chunks))
+    before = torch.cat([torch.zeros_like(before[:, :1]), before[:, :-1]], dim=1).flatten(0, 1).chunk(2, dim=-1)
+    near = attend_locally(*chunks, local.local_window, before=before, starts_every=num_chunks)
     out = stack(causal_attention(*short, enable_gqa=query.shape[1] != key.shape[1]), num_chunks)
     made = halo_of(out, selection, chunk_len, local).unflatten(0, (-1, num_chunks))
     halo = torch.cat([torch.zeros_like(made[:, :1]), made[:, :-1]], dim=1).flatten(0, 1)
-    return join(scatter(out, selection, chunk_len, local, backend, halo if with_halo else None), num_chunks)
+    return join(scatter(out, selection, chunk_len, local, backend, halo if with_halo else None, near), num_chunks)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +48,9 @@ def in_chunks(query, key, value, config, num_chunks=4, with_halo=True):
 )
 def test_chunks_equal_the_whole_sequence(geometry, groups, batch, on):
     """Output and gradients in float64; the rows after every border are wrong without the halo."""
-    config, seq_len = make(*geometry, backend=on["backend"], delay_scores=groups == 2)
+    config, seq_len = make(
+        *geometry, backend=on["backend"], selection="causal" if groups == 2 else "delayed", local_window=128 * groups
+    )
     inputs = [x.to(on["device"]) for x in qkv(seq_len, heads=2, groups=groups, head_dim=8, batch=batch)]
     grad = random_rows(*inputs[0].shape, seed=9, dtype=torch.float64).to(on["device"])
     whole, parts = run(*inputs, config, grad, lighthouse_attention), run(*inputs, config, grad, in_chunks)
@@ -67,7 +73,7 @@ def alone():
 
 @pytest.mark.parametrize("load_balanced", [True, False], ids=["two chunks", "one chunk"])
 def test_one_rank_equals_one_device_and_resolves_the_backend_once(load_balanced, alone, monkeypatch):
-    config, seq_len = make(2048, 2, 2, 512)
+    config, seq_len = make(2048, 2, 2, 512, selection="causal", local_window=256)
     inputs = qkv(seq_len, groups=1, head_dim=8, batch=2)
     grad = random_rows(*inputs[0].shape, seed=9, dtype=torch.float64)
     expected = run(*inputs, config, grad)

@@ -30,7 +30,7 @@ def tensors(golden, *names, dtype, device) -> list[torch.Tensor]:
 
 def test_every_case_is_here():
     assert [path.stem for path in FILES] == [
-        "l2_p4_ties", "l3_p2_delayed", "l3_p2_grouped", "l3_p4", "l4_p2_authors",
+        "l2_p4_ties", "l3_p2_causal_window", "l3_p2_delayed", "l3_p2_grouped", "l3_p4", "l4_p2_authors",
     ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 That everything is written shows because uninitialised memory is poisoned (conftest).
 """
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -45,7 +46,7 @@ def error_allowed(exact, magnitude, dtype):
 )  # fmt: skip
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_rows_move_as_in_plain_torch(geometry, dtype, head_dim):
-    """All four operators; grouped heads; [B, N, H, D] in memory."""
+    """All four operators, ``scatter`` also with local rows; grouped heads; [B, N, H, D] in memory."""
     if INTERPRETED:  # slow: the other dtypes on the smaller geometries only, and rows just long enough to be masked
         if (geometry[0] > 2048 and dtype != torch.float32) or head_dim in (64, 128, 256):
             pytest.skip("on a GPU only")
@@ -54,15 +55,19 @@ def test_rows_move_as_in_plain_torch(geometry, dtype, head_dim):
     shape, selected = (config.num_levels, config.pooling_factor), entry.shape[-1]
     long = random_rows(1, seq_len, 4, head_dim, seed=2, dtype=dtype, device=DEVICE).transpose(1, 2)
     short = random_rows(1, selected, 4, head_dim, seed=3, dtype=dtype, device=DEVICE).transpose(1, 2)
+    local = random_rows(1, seq_len, 4, head_dim, seed=4, dtype=dtype, device=DEVICE).transpose(1, 2)
     for name, rows, arguments in (
         ("gather", long, (entry, inverse_map, *shape)),
         ("gather_backward", short, (inverse_map, seq_len, *shape)),
         ("scatter", short, (entry, inverse_map, seq_len, *shape)),
+        ("scatter", short, (entry, inverse_map, seq_len, *shape, None, local)),
         ("scatter_backward", long, (entry, inverse_map, *shape)),
     ):
         plain = getattr(gather_scatter, name)
         ours = getattr(kernels, name)(rows, *arguments)
-        exact, magnitude = plain(rows.double(), *arguments), plain(rows.double().abs(), *arguments)
+        wide = [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in arguments]
+        sizes = [x.abs() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in wide]
+        exact, magnitude = plain(rows.double(), *wide), plain(rows.double().abs(), *sizes)
         assert ours.dtype == dtype, name
         assert ((ours.double() - exact).abs() <= error_allowed(exact, magnitude, dtype)).all(), name
 
@@ -102,12 +107,12 @@ def test_scores(pooling_factor, dtype, head_dim):
 
 def test_a_very_wide_tile_still_finds_its_parents():
     """One tile of 8,192 candidates, nearly all equal."""
-    config, seq_len = make(16384, 2, 2, 128)
-    levels = torch.randint(1, 3, (2, 1, 1, seq_len, 1), generator=torch.Generator().manual_seed(0)).float()
-    expected = select(*levels, config)
-    scores = [pool_scores(x[..., 0], 2, 2)[1].to(DEVICE) for x in levels]
-    parents = kernels.pick_parents(*scores, 2, 2, 1, 1)
-    assert torch.equal(kernels.order_entries(parents, seq_len, 2, 2)[2].cpu(), expected.entry)
+    levels = torch.randint(1, 3, (2, 1, 1, 16384, 1), generator=torch.Generator().manual_seed(0)).float()
+    for selection in ("published", "causal"):
+        config, seq_len = make(16384, 2, 2, 128, selection=selection, backend="torch")
+        expected = select(*levels, config)
+        got = select(*levels.to(DEVICE), replace(config, backend="triton"))
+        assert torch.equal(got.entry.cpu(), expected.entry)
 
 
 def test_operators_are_registered_properly():
@@ -118,14 +123,19 @@ def test_operators_are_registered_properly():
     key = random_rows(1, seq_len, 2, 8, seed=1, device=DEVICE).transpose(1, 2)
     short = random_rows(1, 4, entry.shape[-1], 8, device=DEVICE)
     scores = kernels.norm_scores(query, key, config.pooling_factor)
-    parents = kernels.pick_parents(*scores, *shape, config.num_tiles, 1)
+    parents = kernels.pick_parents(*scores, *shape, config.num_tiles, 1, False)
     for operator, arguments in (
         (kernels.norm_scores, (query, key, config.pooling_factor)),
-        (kernels.pick_parents, (*scores, *shape, config.num_tiles, 1)),
+        (kernels.pick_parents, (*scores, *shape, config.num_tiles, 1, False)),
+        (kernels.pick_parents, (*scores, *shape, config.num_tiles, 1, True)),
         (kernels.order_entries, (parents, seq_len, *shape)),
         (kernels.gather, (query.clone().requires_grad_(), entry, inverse_map, *shape)),
         (kernels.gather_backward, (short, inverse_map, seq_len, *shape)),
         (kernels.scatter, (short.clone().requires_grad_(), entry, inverse_map, seq_len, *shape)),
+        (
+            kernels.scatter,
+            (short, entry, inverse_map, seq_len, *shape, None, query.clone().requires_grad_()),
+        ),
         (kernels.scatter_backward, (query, entry, inverse_map, *shape)),
     ):
         torch.library.opcheck(operator, arguments)

@@ -21,18 +21,19 @@ def test_equals_the_definition(geometry, cover_start, on):
             assert entries(selection, b, g) == expected
 
 
+@pytest.mark.parametrize("selection", ["delayed", "causal"])
 @pytest.mark.parametrize("geometry", GEOMETRIES[1:3] + GEOMETRIES[5:])
-def test_delayed_scores_equal_the_definition(geometry, on):
-    config, seq_len = make(*geometry, delay_scores=True, backend=on["backend"])
+def test_other_selections_equal_the_definition(geometry, selection, on):
+    config, seq_len = make(*geometry, selection=selection, backend=on["backend"])
     query, key = (random_rows(1, 1, seq_len, 8, seed=s, device=on["device"]) for s in (0, 1))
     expected = select_naively(query[0, 0].norm(dim=-1).cpu(), key[0, 0].norm(dim=-1).cpu(), config)
     assert entries(select(query, key, config), 0, 0) == expected
 
 
-@pytest.mark.parametrize("delay_scores", [True, False])
-def test_delayed_scores_do_not_see_the_window_that_they_select(delay_scores):
+@pytest.mark.parametrize("selection", ["published", "delayed", "causal"])
+def test_delayed_scores_do_not_see_the_window_that_they_select(selection):
     """A window that beats every other, or none, is selected by what is before it; as published, by what it holds."""
-    config, _ = make(4096, 3, 4, 128, delay_scores=delay_scores)
+    config, _ = make(4096, 3, 4, 128, selection=selection)
     window, rows = 16, random_rows(1, 1, 4096, 8)
     expanded = []
     for size in (0.0, 100.0):
@@ -41,8 +42,39 @@ def test_delayed_scores_do_not_see_the_window_that_they_select(delay_scores):
         chosen = set(entries(select(changed, changed, config), 0, 0))
         expanded.append([(1, 200 * 4) in chosen, (1, 201 * 4) in chosen])
     own, following = zip(*expanded, strict=True)
-    assert following == ((False, True) if delay_scores else (following[0],) * 2)
-    assert own == ((own[0],) * 2 if delay_scores else (False, True))
+    delayed = selection != "published"
+    assert following == ((False, True) if delayed else (following[0],) * 2)
+    assert own == ((own[0],) * 2 if delayed else (False, True))
+
+
+@pytest.mark.parametrize("selection", ["published", "delayed", "causal"])
+def test_only_a_causal_selection_depends_on_the_past_alone(selection, on):
+    """Rows after t are replaced by others of any size: which of the entries that end by t are selected, and with them
+    every slot, stays as it was. At the borders of tiles (1,024 positions), of coarsest windows (16), and between."""
+    config, seq_len = make(4096, 3, 4, 256, selection=selection, backend=on["backend"])
+    rows = random_rows(2, 1, 1, seq_len, 8, device=on["device"])
+    before = entries(select(*rows, config), 0, 0)
+    kept = []
+    interpreted = on == {"device": "cpu", "backend": "triton"}  # slow
+    for t in (1023, 1024, 2500) if interpreted else (0, 15, 16, 1023, 1024, 1031, 2047, 2500, 3000, 4094):
+        changed = rows.clone()
+        changed[..., t + 1 :, :] *= random_rows(seq_len - t - 1, 1, seed=t, device=on["device"]).exp()
+        after = entries(select(*changed, config), 0, 0)
+        past = [[entry for entry in chosen if (entry[1] + 1) * 4 ** entry[0] - 1 <= t] for chosen in (before, after)]
+        kept.append(past[0] == past[1])
+    assert all(kept) if selection == "causal" else not all(kept)
+
+
+def test_a_causal_selection_spreads_over_its_tile():
+    """Scores without a trend: about as many parents in every quarter of a tile, about half of those published."""
+    config, seq_len = make(32768, 3, 4, 512, selection="causal")
+    query, key = (random_rows(1, 8, seq_len, 8, seed=s) for s in (0, 1))
+    chosen = select(query, key, config)
+    level_0 = chosen.index[chosen.level == 0].view(8, 4, -1)  # heads, tiles
+    quarter = (level_0 % 8192) // 2048
+    share = torch.stack([(quarter == i).sum() for i in range(4)]) / quarter.numel()
+    # 8 heads, 4 tiles: 32 · 128 parents. An even spread, give or take what the quotas and the start of a tile do.
+    assert ((share - 0.25).abs() < 0.05).all(), share
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)

@@ -100,7 +100,7 @@ def test_layers_2_to_27_and_only_those_are_routed():
 def test_every_field_works_on_the_command_line():
     values = {
         "layers": "1,-2", "num_levels": 2, "pooling_factor": 2, "top_k": 256, "scorer": "gla", "dilation": 8,
-        "rope": "after_gather", "cover_start": False, "delay_scores": True, "backend": "torch",
+        "rope": "after_gather", "cover_start": False, "selection": "causal", "local_window": 512, "backend": "torch",
     }  # fmt: skip
     flags = [
         word

@@ -108,17 +108,18 @@ class LighthouseModelArgs(TransformerModelArgs):
         """Parameters, and floating-point operations per token (forward and backward, matrix products only).
 
         Upstream's figure counts N keys per query in every layer. A Lighthouse layer runs its S queries on S keys:
-        S²/N per token of the sequence. Scorers that run an attention of their own add its forward.
+        S²/N per token of the sequence. A local window adds its W keys per query, scorers that run an attention of
+        their own its forward.
         """
         head_dims = 2 * (self.dim // self.n_heads)
         nparams, flops = get_dense_model_nparams_and_flops(self, model, head_dims, seq_len)
         if self.lighthouse is not None:
             attention = self.n_heads * head_dims
             dense = 6 * attention * seq_len
-            selected = 6 * attention * self.lighthouse.selected_length(seq_len) ** 2 / seq_len
+            keys = self.lighthouse.selected_length(seq_len) ** 2 / seq_len + self.lighthouse.local_window
             # Two forward passes, two operations per product.
             scored = 2 * 2 * attention * self._scorer_keys(self.lighthouse, seq_len)
-            flops += len(self.lighthouse_layers) * round(selected + scored - dense)
+            flops += len(self.lighthouse_layers) * round(6 * attention * keys + scored - dense)
         return nparams, flops
 
     def _scorer_keys(self, config: LighthouseConfig, seq_len: int) -> int:

@@ -1,0 +1,124 @@
+"""Exact causal attention over the last W positions, for positions whose own row is not selected.
+
+Source: docs/method.md, section 10.4. On a GPU it is PyTorch's Flash attention with a window; in other precisions and on
+other devices it is PyTorch's SDPA, on blocks of W queries and the 2·W keys around them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+#: What Flash attention takes; everything else runs in blocks.
+FLASH_DTYPES = (torch.bfloat16, torch.float16)
+FLASH_HEAD_DIMS = range(8, 257, 8)
+
+#: Torch 2.11 takes grouped heads without being told, later versions want to be.
+GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
+def turned(query: Tensor, key: Tensor, rotate: Callable[[Tensor, Tensor], Tensor] | None) -> tuple[Tensor, Tensor]:
+    """Queries [B, H, N, D] and keys [B, G, N, D], each turned by its own position, if there is a rotary embedding left
+    to apply (``lighthouse.Rotate``)."""
+    if rotate is None:
+        return query, key
+    position = torch.arange(key.shape[2], device=key.device).expand(key.shape[:3])
+    return rotate(query, position), rotate(key, position)
+
+
+def attend_locally(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int,
+    *,
+    before: Sequence[Tensor] | None = None,
+    starts_every: int = 1,
+) -> Tensor:
+    """Every position t attends to the positions t − W + 1, …, t, as far as they exist; scale 1/√D.
+
+    Args:
+        query: [B, H, N, D], any floating dtype, strides as they come.
+        key, value: [B, G, N, D] with G dividing H.
+        window: W ≥ 1.
+        before: the last W keys and values, [B, G, W, D] each, of the chunk of the sequence before this one.
+        starts_every: which sequences of the batch are the start of one, as in ``lighthouse.select``; nothing comes
+            before those.
+
+    Returns:
+        [B, H, N, D] in the dtype of ``query``.
+    """
+    by_flash = query.is_cuda and query.dtype in FLASH_DTYPES and query.shape[-1] in FLASH_HEAD_DIMS
+    attend = _attend_by_flash if by_flash else _attend_in_blocks
+    return attend(query, key, value, window, before, starts_every)
+
+
+def _attend_by_flash(
+    query: Tensor, key: Tensor, value: Tensor, window: int, before: Sequence[Tensor] | None, starts_every: int
+) -> Tensor:
+    """The sequences of the batch one after the other; of each, queries and keys end at the same position."""
+    batch, heads, seq_len, _ = query.shape
+    number = torch.arange(batch + 1, device=query.device, dtype=torch.int32)
+    query_ends = key_ends = number * seq_len
+    longest, sources = seq_len, [key, value]
+    if before is not None:
+        starts = -(-number // starts_every) if starts_every else 0 * number
+        key_ends, longest = query_ends + window * (number - starts), seq_len + window
+        sources = [_with_rows_before(*pair, starts_every) for pair in zip(before, sources, strict=True)]
+    else:
+        sources = [_packed(rows) for rows in sources]
+    grouped = GROUPED if heads != key.shape[1] else {}
+    out = varlen_attn(
+        _packed(query), *sources, query_ends, key_ends, seq_len, longest, window_size=(window - 1, 0), **grouped
+    )
+    assert isinstance(out, Tensor)
+    return out.unflatten(0, (batch, seq_len)).transpose(1, 2)
+
+
+def _packed(rows: Tensor) -> Tensor:
+    """[B, H, N, D] to [B·N, H, D]; a view of what attention modules hand over."""
+    return rows.transpose(1, 2).flatten(0, 1)
+
+
+def _with_rows_before(before: Tensor, rows: Tensor, starts_every: int) -> Tensor:
+    """The packed rows, the sequences that are no start led by the rows before them."""
+    parts = []
+    for b, (ahead, own) in enumerate(zip(before, rows, strict=True)):
+        if not starts_every or b % starts_every:
+            parts.append(ahead)
+        parts.append(own)
+    return torch.cat(parts, dim=1).transpose(0, 1)
+
+
+def _attend_in_blocks(
+    query: Tensor, key: Tensor, value: Tensor, window: int, before: Sequence[Tensor] | None, starts_every: int
+) -> Tensor:
+    batch, _, seq_len, _ = query.shape
+    grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
+    if before is None and window >= seq_len:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, **grouped)
+    blocks = -(-seq_len // window)
+    fill = (0, 0, 0, blocks * window - seq_len)
+    queries = F.pad(query, fill).unflatten(2, (blocks, window)).transpose(1, 2).flatten(0, 1)  # [B·blocks, H, W, D]
+    ahead = before or [key.new_zeros(*key.shape[:2], window, key.shape[3])] * 2
+    keys, values = (
+        torch.cat([first, F.pad(rows, fill)], dim=2).unfold(2, 2 * window, window).permute(0, 2, 1, 4, 3).flatten(0, 1)
+        for first, rows in zip(ahead, (key, value), strict=True)
+    )  # [B·blocks, G, 2·W, D]
+    distance = window + torch.arange(window, device=query.device)[:, None]
+    distance = distance - torch.arange(2 * window, device=query.device)
+    near = (distance >= 0) & (distance < window)
+    # Nothing stands before the first block of a sequence's start.
+    number = torch.arange(batch * blocks, device=query.device)
+    sequence = number // blocks
+    is_start = sequence % starts_every == 0 if starts_every else torch.zeros_like(sequence, dtype=torch.bool)
+    first = (number % blocks == 0) & (is_start if before is not None else True)
+    exists = ~first[:, None] | (torch.arange(2 * window, device=query.device) >= window)
+    mask = (near & exists[:, None])[:, None]  # [B·blocks, 1, W, 2·W]
+    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, **grouped)
+    return out.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :seq_len]
