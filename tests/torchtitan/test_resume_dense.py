@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 from torchtitan.experiments.lighthouse import report, resume_dense
 from torchtitan.experiments.lighthouse.errors import Refused
-from torchtitan.experiments.lighthouse.runs import launch
-from torchtitan.experiments.lighthouse.runs import next_stage as contract
+from torchtitan.experiments.lighthouse.runs import launch, next_stage
+from torchtitan.experiments.lighthouse.runs.contract import StageBefore
 
 from helpers.launch import (
     REPOSITORY,
@@ -196,9 +196,9 @@ def test_batches_that_do_not_fit_at_once_are_accumulated(short, tmp_path):
     times the length two, one at a time."""
     training = {"seq_len": 512, "local_batch_size": 2, "global_batch_size": 8}
     ranks = {f"dataloader.dp_rank_{rank}": None for rank in range(2)}
-    before = contract.StageBefore({"training": training}, short, SimpleNamespace(state_dict_metadata=ranks))
+    before = StageBefore({"training": training}, short, SimpleNamespace(state_dict_metadata=ranks))
     for seq_len, local, sequences in ((128, 8, 32), (2048, 1, 2), (1024, 1, 4)):
-        batches = contract._batches_at(before, seq_len)
+        batches = next_stage._batches_at(before, seq_len)
         assert batches == {"seq_len": seq_len, "local_batch_size": local, "global_batch_size": sequences}
 
 
@@ -377,7 +377,7 @@ def test_on_several_nodes_one_process_prepares_the_folder(copy, tmp_path, monkey
         words = ["--dump-folder", str(folder), "--torchrun", launcher]
         resume_dense.main([str(copy), *words, "--", "--checkpoint.exclude_from_loading", "dataloader"])
 
-    monkeypatch.setattr(contract, "PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(next_stage, "PATIENCE_SECONDS", 0.5)
     before = contents(folder)
     with pytest.raises(SystemExit, match="the first node writes it"):
         on_node(1)

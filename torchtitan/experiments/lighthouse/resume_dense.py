@@ -45,9 +45,9 @@ def resume(options: argparse.Namespace, overrides: list[str]) -> None:
     """
     from dataclasses import asdict
 
-    from torchtitan.experiments.lighthouse.runs import launch, next_stage
+    from torchtitan.experiments.lighthouse.runs import contract, launch, next_stage
 
-    before = next_stage.find_stage_before(options.before)
+    before = contract.find_stage_before(options.before)
     folder = options.dump_folder or next_stage.default_folder(before, options.attention, options.seq_len)
     config = next_stage.next_settings(before, folder, options.total_steps, options.attention, options.seq_len)
     torchrun = options.torchrun or launch.one_node(before.world_size)
@@ -57,14 +57,14 @@ def resume(options: argparse.Namespace, overrides: list[str]) -> None:
     merged = next_stage.merge(toml, changes)
     newest = next_stage.newest_step_in(folder, before, merged)
     next_stage.check_overrides(before, config, merged)
-    next_stage.check_continuation(before, merged, processes.world_size)
+    contract.check_continuation(before, merged, processes.world_size)
 
     this, last = before.next_name, merged.training.steps
     if newest is not None and newest >= last:
         print(f"{this} in {folder} is complete: {newest:,} of {last:,} steps.")
         return
     start = f"step {newest:,} of {this}" if newest is not None else f"{before.checkpoint} (step {before.step:,})"
-    attention, count = next_stage.attention_of(asdict(merged)), processes.world_size
+    attention, count = contract.attention_of(asdict(merged)), processes.world_size
     print(f"{this} from {start} to step {last:,}, {attention}, in {folder}, {count} process(es)")
     for name, earlier, now in next_stage.differences(before.config, asdict(merged)):
         print(f"  {name}: {earlier!r} -> {now!r}")

@@ -19,7 +19,7 @@ import torchtitan.experiments.lighthouse.train_spec  # noqa: F401  registers the
 from torch import Tensor
 from torchtitan.experiments.lighthouse.job_config import check_degrees
 from torchtitan.experiments.lighthouse.loss import Processed, with_labels
-from torchtitan.experiments.lighthouse.runs import next_stage
+from torchtitan.experiments.lighthouse.runs import contract
 from torchtitan.experiments.lighthouse.runs.checkpoints import complete_checkpoints_in
 from torchtitan.experiments.lighthouse.runs.records import number_of, stage_of
 from torchtitan.experiments.lighthouse.seams import trainer as seam
@@ -40,7 +40,7 @@ class LighthouseTrainer(seam.HookedTrainer):
         # Once a stage has a checkpoint of its own, it continues that one, and the one that it came from may be gone.
         starts = not complete_checkpoints_in(Path(self._checkpoint_folder()))
         if origin and starts and Path(origin).is_dir():
-            next_stage.check_continuation(next_stage.find_stage_before(Path(origin)), self.job_config, world_size)
+            contract.check_continuation(contract.find_stage_before(Path(origin)), self.job_config, world_size)
 
     def post_dataloading_process(self, *args: Any) -> Processed:
         return with_labels(super().post_dataloading_process(*args), self.parallel_dims)
@@ -82,7 +82,7 @@ class LighthouseTrainer(seam.HookedTrainer):
 
     def check_loaded(self) -> None:
         if self.step == 0 and self.job_config.lighthouse.stage1_checkpoint:
-            next_stage.refuse_unloaded(self.job_config, self._checkpoint_folder())
+            contract.refuse_unloaded(self.job_config, self._checkpoint_folder())
 
     def log_start(self) -> None:
         stage, config = stage_of(self.job_config), self.job_config

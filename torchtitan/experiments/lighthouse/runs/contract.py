@@ -1,0 +1,299 @@
+"""The contract between a stage and the next one: what must equal, what may change, what is refused.
+
+Stages form a chain of any length. Each has its own attention, layers and context. Weights, optimizer, schedule, data
+position and tokens per step are those of the stage before. The command (``resume_dense``) checks it before it launches
+anything, and the trainer again before it builds anything.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torchtitan.experiments.lighthouse.errors import Refused
+from torchtitan.experiments.lighthouse.job_config import MergedConfig
+from torchtitan.experiments.lighthouse.runs.checkpoints import (
+    config_file_of,
+    find_checkpoint,
+    read_metadata,
+    step_of,
+)
+from torchtitan.experiments.lighthouse.runs.records import stage_number
+from torchtitan.experiments.lighthouse.runs.settings import build_model, model_arguments
+
+#: Settings that must equal those of the stage before, by what they decide. Shapes and tokenizer files are compared by
+#: content besides.
+MUST_EQUAL = {
+    "architecture": ("model.name", "model.flavor"),
+    "dataset": ("training.dataset", "training.dataset_path"),
+}
+
+#: What the checkpoint must hold beside the weights.
+FULL_STATE = ("optimizer", "lr_scheduler", "dataloader", "train_state")
+
+
+@dataclass
+class StageBefore:
+    """A run, and the checkpoint of it that the next stage starts from."""
+
+    config: dict[str, Any]
+    checkpoint: Path
+    metadata: Metadata
+
+    @property
+    def step(self) -> int:
+        return step_of(self.checkpoint)
+
+    @property
+    def number(self) -> int:
+        """1 for a run from scratch."""
+        return stage_number_of(self.config)
+
+    @property
+    def name(self) -> str:
+        return f"Stage {self.number}"
+
+    @property
+    def next_name(self) -> str:
+        return f"Stage {self.number + 1}"
+
+    @property
+    def settings_file(self) -> str:
+        """The file in the next stage's folder that the command writes."""
+        return f"stage{self.number + 1}.toml"
+
+    @property
+    def data_parallel_size(self) -> int:
+        return sum(key.startswith("dataloader.dp_rank_") for key in self.metadata.state_dict_metadata)
+
+    @property
+    def world_size(self) -> int:
+        return self.data_parallel_size * model_parallel_size(self.config)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return tokens_per_step(self.config, self.data_parallel_size)
+
+
+def find_stage_before(path: Path) -> StageBefore:
+    """The run and checkpoint at ``path``, a dump folder (its newest complete checkpoint) or one checkpoint folder.
+
+    Raises:
+        Refused: if there is none, or it is not a complete full checkpoint of this trainer.
+    """
+    config_file = config_file_of(path)
+    config = json.loads(config_file.read_text())
+    if "lighthouse" not in config:
+        raise Refused(f"{config_file} has no [lighthouse] section, so this is no run of this trainer")
+    checkpoint = find_checkpoint(path)
+    metadata = read_metadata(checkpoint)
+    keys = metadata.state_dict_metadata
+    missing = [part for part in FULL_STATE if not any(key.startswith(f"{part}.") for key in keys)]
+    before = StageBefore(config, checkpoint, metadata)
+    if missing:
+        raise Refused(
+            f"{checkpoint} is a model-only checkpoint: it lacks {', '.join(missing)}. {before.next_name} needs the "
+            f"full state; train {before.name} with checkpoint.last_save_model_only=false, or name an earlier "
+            "checkpoint of the run"
+        )
+    return before
+
+
+def tokens_per_step(config: dict[str, Any], data_parallel_size: int) -> int:
+    return sequences_per_step(config, data_parallel_size) * int(config["training"]["seq_len"])
+
+
+def sequences_per_step(config: dict[str, Any], data_parallel_size: int) -> int:
+    """The global batch size; upstream reads a negative one as that without gradient accumulation."""
+    training = config["training"]
+    together = int(training["global_batch_size"])
+    return together if together >= 0 else int(training["local_batch_size"]) * data_parallel_size
+
+
+def check_continuation(before: StageBefore, settings: MergedConfig, world_size: int) -> None:
+    """A stage with ``settings`` on ``world_size`` processes must train the same model on the same data.
+
+    Raises:
+        Refused: naming what differs (architecture, tokenizer, dataset, data-parallel size, readers of the data, tokens
+            per step), what cannot be built at this context, or that nothing at all is new.
+    """
+    saved, after = before.config, asdict(settings)
+
+    def refuse_difference(what: str, *names: str) -> None:
+        for setting in names:
+            section, name = setting.split(".")
+            if saved[section][name] != after[section][name]:
+                raise Refused(
+                    f"different {what}: {setting} is {saved[section][name]!r} in {before.name} and "
+                    f"{after[section][name]!r} here; {before.next_name} continues with {before.name}'s"
+                )
+
+    refuse_difference("architecture", *MUST_EQUAL["architecture"])
+    if _tokenizer_digest(saved["model"]["hf_assets_path"]) != _tokenizer_digest(settings.model.hf_assets_path):
+        refuse_difference("tokenizer", "model.hf_assets_path")
+    refuse_difference("dataset", *MUST_EQUAL["dataset"])
+    _refuse_the_same_again(before, after)
+    if "dataloader" not in settings.checkpoint.exclude_from_loading:
+        _check_readers(before, after, world_size)
+    if after["training"]["seq_len"] != saved["training"]["seq_len"]:
+        _check_tokens_per_step(before, settings, world_size // model_parallel_size(after))
+    try:
+        check_context(settings)
+    except ValueError as error:
+        raise Refused(f"{before.next_name} cannot be built: {error}") from error
+    _check_shapes(before, settings)
+
+
+def _refuse_the_same_again(before: StageBefore, after: dict[str, Any]) -> None:
+    """A stage whose attention, layers and context are those of the stage before is not a next one."""
+    saved, now = before.config["lighthouse"], after["lighthouse"]
+    # Another version may have saved fewer settings. In a dense stage they decide nothing.
+    names = (saved.keys() & now.keys() if now["enable"] else {"enable"}) - {"stage", "stage1_checkpoint"}
+    seq_len = after["training"]["seq_len"]
+    if seq_len == before.config["training"]["seq_len"] and all(saved[name] == now[name] for name in names):
+        raise Refused(
+            f"{before.next_name} would be {before.name} again, {attention_of(after)} at {seq_len:,} tokens: choose "
+            "another --attention or --seq-len, or, for Lighthouse, other layers or another top_k after the --. To go "
+            f"on with {before.name} as it is, run its own command again"
+        )
+
+
+def _check_readers(before: StageBefore, after: dict[str, Any], world_size: int) -> None:
+    """The data position is that of every reader: a worker process of a data-parallel rank."""
+    give_up = "or give up the data position with -- --checkpoint.exclude_from_loading dataloader"
+    model_parallel = model_parallel_size(after)
+    size, saved = world_size // model_parallel, before.data_parallel_size
+    if size != saved:
+        raise Refused(
+            f"different data-parallel size: the checkpoint's data position is that of {saved} data-parallel rank(s), "
+            f"and {world_size} process(es) with {model_parallel} per model replica make {size}. Start "
+            f"{saved * model_parallel} process(es), {give_up}"
+        )
+    workers, here = (config["training"]["dataloader"]["num_workers"] for config in (before.config, after))
+    if workers != here:
+        raise Refused(
+            f"different data workers: training.dataloader.num_workers is {workers} in {before.name} and {here} here, "
+            f"and the data position is that of {workers}. Leave it at {workers}, {give_up}"
+        )
+
+
+def _check_tokens_per_step(before: StageBefore, settings: MergedConfig, data_parallel_size: int) -> None:
+    """At another context a step has as many tokens as before: the schedule counts steps, and so do comparisons."""
+    training, wanted = settings.training, before.tokens_per_step
+    seq_len, sequences = training.seq_len, sequences_per_step(asdict(settings), data_parallel_size)
+    rule = f"{before.name} has {wanted:,} tokens per step, and {before.next_name} must have as many"
+    lengths = [n for n in _divisors(wanted) if wanted // n % data_parallel_size == 0]
+    if seq_len not in lengths:
+        valid = [n for n in lengths if _can_train_at(settings, n)] or lengths
+        nearest = f"--seq-len {min(valid, key=lambda n: abs(n - seq_len))}" if valid else "none"
+        raise Refused(
+            f"training.seq_len={seq_len}: {rule}, in whole sequences on each of {data_parallel_size} data-parallel "
+            f"rank(s); nearest valid value: {nearest}"
+        )
+    if sequences * seq_len != wanted:
+        raise Refused(
+            f"training.seq_len={seq_len} with {sequences} sequence(s) per step: {rule}; nearest valid value: "
+            f"training.global_batch_size {wanted // seq_len}, which --seq-len {seq_len} sets"
+        )
+    if sequences % (training.local_batch_size * data_parallel_size):
+        batches = _divisors(sequences // data_parallel_size)
+        raise Refused(
+            f"training.local_batch_size={training.local_batch_size}: must divide the {batches[-1]} sequence(s) of a "
+            f"rank and step; nearest valid value: {min(batches, key=lambda n: abs(n - training.local_batch_size))}"
+        )
+
+
+def _divisors(number: int) -> list[int]:
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
+
+
+def _can_train_at(settings: MergedConfig, seq_len: int) -> bool:
+    at = copy.deepcopy(settings)
+    at.training.seq_len = seq_len
+    try:
+        check_context(at)
+    except ValueError:
+        return False
+    return True
+
+
+def check_context(settings: MergedConfig) -> None:
+    """Whether the model can train at this context, with these layers, on so many processes per sequence.
+
+    Raises:
+        ValueError: naming the value, the rule and the nearest valid value.
+    """
+    parallelism, seq_len = settings.parallelism, settings.training.seq_len
+    # Upstream asserts the same, once all processes are up.
+    step = 2 * parallelism.tensor_parallel_degree * parallelism.context_parallel_degree
+    if seq_len < 1 or seq_len % step:
+        nearest = max(1, round(seq_len / step)) * step
+        raise ValueError(
+            f"training.seq_len={seq_len}: must be a multiple of {step} (2 x tensor_parallel_degree x "
+            f"context_parallel_degree); nearest valid value: {nearest}"
+        )
+    model_arguments(settings)
+
+
+def attention_of(config: dict[str, Any]) -> str:
+    """In words."""
+    return "through Lighthouse" if config["lighthouse"]["enable"] else "dense"
+
+
+def model_parallel_size(config: dict[str, Any]) -> int:
+    """Processes that hold one replica of the model."""
+    return math.prod(config["parallelism"][f"{kind}_parallel_degree"] for kind in ("tensor", "pipeline", "context"))
+
+
+def refuse_unloaded(settings: MergedConfig, checkpoint_folder: str) -> None:
+    """A next stage that starts at step 0 has loaded nothing: upstream goes on from random weights in silence.
+
+    Raises:
+        RuntimeError: always.
+    """
+    stage = f"Stage {stage_number_of(asdict(settings))}"
+    raise RuntimeError(
+        f"{stage} loaded no checkpoint: {checkpoint_folder} exists but holds no complete one, so "
+        f"{settings.lighthouse.stage1_checkpoint} was not read and training would start from random "
+        f"weights. Start {stage} with scripts/resume_dense.py, which sets the unfinished folder aside."
+    )
+
+
+def stage_number_of(config: dict[str, Any]) -> int:
+    section = config["lighthouse"]
+    return stage_number(section.get("stage", 0), section.get("stage1_checkpoint", ""))
+
+
+def _check_shapes(before: StageBefore, settings: MergedConfig) -> None:
+    """The model of these settings against the tensors in the checkpoint: code and flavors may have changed since."""
+    model = {name: tensor.shape for name, tensor in build_model(settings).state_dict().items()}
+    saved = {
+        name: entry.size
+        for name, entry in before.metadata.state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata) and not name.startswith("optimizer.")
+    }
+    for name in sorted(model.keys() | saved.keys()):
+        if model.get(name) != saved.get(name):
+            raise Refused(
+                f"different architecture: {name} is {_shape(saved.get(name))} in {before.checkpoint} and "
+                f"{_shape(model.get(name))} in {settings.model.name} {settings.model.flavor}"
+            )
+
+
+def _shape(size: torch.Size | None) -> str:
+    return "absent" if size is None else str(tuple(size))
+
+
+def _tokenizer_digest(folder: str) -> str:
+    files = [Path(folder) / name for name in ("tokenizer.json", "tokenizer_config.json")]
+    if not files[0].is_file():
+        raise Refused(f"tokenizer: {files[0]} does not exist (relative paths start at {Path.cwd()})")
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files if file.is_file())).hexdigest()
