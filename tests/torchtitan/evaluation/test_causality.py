@@ -6,6 +6,7 @@ import torch
 from torchtitan.experiments.lighthouse.errors import Refused
 from torchtitan.experiments.lighthouse.evaluation import causality
 from torchtitan.experiments.lighthouse.evaluation.causality import Finding, Result, Spot
+from torchtitan.experiments.lighthouse.seams.attention import take_float32
 
 from helpers.model import build
 from lighthouse import LighthouseConfig
@@ -198,7 +199,7 @@ def test_few_positions_and_short_sequences():
 def test_dense_attention_in_float32_makes_no_matrix_of_scores():
     model, _ = build("--training.seq_len=32768", DENSE)
     model.cuda()
-    causality.compute_in_float32(model)
+    take_float32(model)
     text, other = (tokens.cuda() for tokens in causality.random_texts(320, 32768, 2, seed=0))
     torch.cuda.reset_peak_memory_stats()
     result = causality.check(model, text, [other], [Spot(20000, "drawn")])

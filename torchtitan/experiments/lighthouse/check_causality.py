@@ -57,6 +57,7 @@ def check_and_write(options: argparse.Namespace) -> bool:
     from torchtitan.experiments.lighthouse.evaluation import causality, positions
     from torchtitan.experiments.lighthouse.runs import checkpoints
     from torchtitan.experiments.lighthouse.runs.settings import read_settings
+    from torchtitan.experiments.lighthouse.seams.attention import take_float32
 
     for name, least in (("positions", 1), ("tries", 1), ("seq_len", 2)):
         value = getattr(options, name)
@@ -70,7 +71,7 @@ def check_and_write(options: argparse.Namespace) -> bool:
 
     device = positions.available_device()
     model = positions.load(checkpoint, settings, dense=options.dense, device=device)
-    causality.compute_in_float32(model)
+    take_float32(model)
     lighthouse = model.model_args.lighthouse
     attention = causality.attention_of(lighthouse)
     if options.text:

@@ -10,11 +10,9 @@ from itertools import zip_longest
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend
 from torchtitan.experiments.lighthouse.errors import Refused
 from torchtitan.experiments.lighthouse.evaluation.positions import CHUNK_LOGITS
 from torchtitan.experiments.lighthouse.model.model import LighthouseTransformer
-from torchtitan.models.attention import ScaledDotProductAttentionWrapper
 
 from lighthouse import LighthouseConfig
 
@@ -99,17 +97,6 @@ def random_texts(vocab_size: int, seq_len: int, count: int, seed: int) -> list[T
     """``count`` sequences of random tokens, each [1, N] int64."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(vocab_size, (1, seq_len), generator=generator) for _ in range(count)]
-
-
-def compute_in_float32(model: LighthouseTransformer) -> None:
-    """Give dense attention a kernel that takes float32 on a GPU.
-
-    Training's are cuDNN and Flash, which do not. Without this one torch would make the matrix of all N² scores, 309 GB
-    a layer at 98,304 tokens and 8 heads.
-    """
-    for module in model.modules():
-        if isinstance(module, ScaledDotProductAttentionWrapper):
-            module.sdpa_backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @torch.inference_mode()
