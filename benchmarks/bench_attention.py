@@ -16,6 +16,7 @@ import csv
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -29,6 +30,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lighthouse import LighthouseConfig, kernels, lighthouse_attention, select
+from lighthouse.local_window import attend_locally
 
 HEADS, HEAD_DIM = 8, 128
 
@@ -38,7 +40,13 @@ CONTEXTS = {
 }  # fmt: skip
 QUICK = (32768, 98304, 131072)
 
-NAMES = {"dense", "SDPA on S rows", "torch, eager", "triton, eager", "triton, compiled", "triton, CUDA graph"}
+#: Local windows that are measured: in a layer with causal selection, and attention over the window alone.
+WINDOWS = (128, 512, 1024)
+
+NAMES = {
+    "dense", "SDPA on S rows", "torch, eager", "triton, eager", "triton, compiled", "triton, CUDA graph",
+    "causal, CUDA graph", *(f"{what}W = {window}, CUDA graph" for window in WINDOWS for what in ("", "only ")),
+}  # fmt: skip
 
 
 @dataclass
@@ -106,12 +114,10 @@ def measure_layer(seq_len: int, config: LighthouseConfig, names: set[str]) -> li
     selected = config.selected_length(seq_len)
     torch_config, triton_config = (replace(config, backend=backend) for backend in ("torch", "triton"))
 
-    def plain(*rows: Tensor) -> Tensor:
-        return lighthouse_attention(*rows, torch_config, attention=cudnn)
+    def layer_of(config: LighthouseConfig) -> Callable[..., Tensor]:
+        return lambda *rows: lighthouse_attention(*rows, config, attention=cudnn)
 
-    def ours(*rows: Tensor) -> Tensor:
-        return lighthouse_attention(*rows, triton_config, attention=cudnn)
-
+    plain, ours = layer_of(torch_config), layer_of(triton_config)
     layers: dict[str, tuple[Callable[..., Tensor], int, bool]] = {
         "dense": (cudnn, seq_len, False),
         "SDPA on S rows": (cudnn, selected, False),
@@ -119,7 +125,12 @@ def measure_layer(seq_len: int, config: LighthouseConfig, names: set[str]) -> li
         "triton, eager": (ours, seq_len, False),
         "triton, compiled": (torch.compile(ours, fullgraph=True, dynamic=False), seq_len, False),
         "triton, CUDA graph": (ours, seq_len, True),
+        "causal, CUDA graph": (layer_of(replace(triton_config, selection="causal")), seq_len, True),
     }
+    for window in WINDOWS:
+        config = replace(triton_config, selection="causal", local_window=window)
+        layers[f"W = {window}, CUDA graph"] = (layer_of(config), seq_len, True)
+        layers[f"only W = {window}, CUDA graph"] = (partial(attend_locally, window=window), seq_len, True)
     measured = []
     for name, (layer, length, graph) in layers.items():
         if name not in names:
@@ -149,7 +160,7 @@ def measure_kernels(seq_len: int, config: LighthouseConfig) -> list[tuple[str, f
     num_levels, p, selected = config.num_levels, config.pooling_factor, config.selected_length(seq_len)
     chosen = select(query, key, config)
     scores = kernels.norm_scores(query, key, p)
-    parents = kernels.pick_parents(*scores, num_levels, p, config.num_tiles, 1)
+    parents = kernels.pick_parents(*scores, num_levels, p, config.num_tiles, 1, False)
     short = torch.randn(1, HEADS, selected, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
     long_bytes, short_bytes = (HEADS * n * HEAD_DIM * 2 / 1e9 for n in (seq_len, selected))
     map_bytes, entry_bytes = chosen.inverse_map.numel() * 4 / 1e9, chosen.entry.numel() * 9 / 1e9
@@ -159,7 +170,11 @@ def measure_kernels(seq_len: int, config: LighthouseConfig) -> list[tuple[str, f
         "copy of one tensor (the ceiling)": (lambda: grad.clone(), 2 * long_bytes),
         "norm_scores": (lambda: kernels.norm_scores(query, key, p), 2 * long_bytes + score_bytes),
         "pick_parents": (
-            lambda: kernels.pick_parents(*scores, *shape, config.num_tiles, 1),
+            lambda: kernels.pick_parents(*scores, *shape, config.num_tiles, 1, False),
+            score_bytes + parent_bytes,
+        ),
+        "pick_parents, causal": (
+            lambda: kernels.pick_parents(*scores, *shape, config.num_tiles, 1, True),
             score_bytes + parent_bytes,
         ),
         "order_entries": (
@@ -276,6 +291,7 @@ def main() -> None:
         raise SystemExit("bench_attention: needs a GPU")
     torch.manual_seed(0)
     check(LighthouseConfig(top_k=128))
+    check(LighthouseConfig(top_k=128, selection="causal", local_window=512))
     names = NAMES - set(options.without)
     contexts = options.contexts or (QUICK if options.quick else list(CONTEXTS))
     rows = [

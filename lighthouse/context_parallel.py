@@ -133,10 +133,10 @@ def context_parallel_attention(
         short[:2] = [rotate(rows, position) for rows in short[:2]]
     local = None
     if config.local_window:
-        near = [shards.stack(rows) for rows in (*turned(query, key, rotate), value)]
-        before = shards.pass_halo_on(last_rows(near[1], near[2], config.local_window))
+        near_query, near_key = (shards.stack(rows) for rows in turned(query, key, rotate))
+        before = shards.pass_halo_on(last_rows(near_key, chunks[2], config.local_window)).chunk(2, dim=-1)
         local = attend_locally(
-            *near, config.local_window, before=before.chunk(2, dim=-1), starts_every=shards.starts_every
+            near_query, near_key, chunks[2], config.local_window, before=before, starts_every=shards.starts_every
         )
     grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
     output = shards.stack(attention(*short, **grouped))

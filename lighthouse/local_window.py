@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ FLASH_DTYPES = (torch.bfloat16, torch.float16)
 FLASH_HEAD_DIMS = range(8, 257, 8)
 
 #: Torch 2.11 takes grouped heads without being told, later versions want to be.
-GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 def turned(query: Tensor, key: Tensor, rotate: Callable[[Tensor, Tensor], Tensor] | None) -> tuple[Tensor, Tensor]:
@@ -65,16 +66,16 @@ def _attend_by_flash(
     batch, heads, seq_len, _ = query.shape
     number = torch.arange(batch + 1, device=query.device, dtype=torch.int32)
     query_ends = key_ends = number * seq_len
-    longest, sources = seq_len, [key, value]
-    if before is not None:
+    longest = seq_len
+    if before is None:
+        keys, values = _packed(key), _packed(value)
+    else:
+        keys, values = (_with_rows_before(*pair, starts_every) for pair in zip(before, (key, value), strict=True))
         starts = -(-number // starts_every) if starts_every else 0 * number
         key_ends, longest = query_ends + window * (number - starts), seq_len + window
-        sources = [_with_rows_before(*pair, starts_every) for pair in zip(before, sources, strict=True)]
-    else:
-        sources = [_packed(rows) for rows in sources]
     grouped = GROUPED if heads != key.shape[1] else {}
     out = varlen_attn(
-        _packed(query), *sources, query_ends, key_ends, seq_len, longest, window_size=(window - 1, 0), **grouped
+        _packed(query), keys, values, query_ends, key_ends, seq_len, longest, window_size=(window - 1, 0), **grouped
     )
     assert isinstance(out, Tensor)
     return out.unflatten(0, (batch, seq_len)).transpose(1, 2)
@@ -99,9 +100,9 @@ def _attend_in_blocks(
     query: Tensor, key: Tensor, value: Tensor, window: int, before: Sequence[Tensor] | None, starts_every: int
 ) -> Tensor:
     batch, _, seq_len, _ = query.shape
-    grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
+    grouped = query.shape[1] != key.shape[1]
     if before is None and window >= seq_len:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, **grouped)
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
     blocks = -(-seq_len // window)
     fill = (0, 0, 0, blocks * window - seq_len)
     queries = F.pad(query, fill).unflatten(2, (blocks, window)).transpose(1, 2).flatten(0, 1)  # [B·blocks, H, W, D]
@@ -120,5 +121,5 @@ def _attend_in_blocks(
     first = (number % blocks == 0) & (is_start if before is not None else True)
     exists = ~first[:, None] | (torch.arange(2 * window, device=query.device) >= window)
     mask = (near & exists[:, None])[:, None]  # [B·blocks, 1, W, 2·W]
-    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, **grouped)
+    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=grouped)
     return out.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :seq_len]

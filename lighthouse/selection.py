@@ -17,7 +17,6 @@ from lighthouse.config import PARENTS_PER_TILE, LighthouseConfig, ResolvedBacken
 from lighthouse.pyramid import level_offsets, pool_scores
 from lighthouse.scorers import SCORERS
 
-
 #: Scores that ``_higher_before`` compares with all others at once: it bounds the memory.
 _COMPARED = 256
 

@@ -109,7 +109,7 @@ def test_a_very_wide_tile_still_finds_its_parents():
     """One tile of 8,192 candidates, nearly all equal."""
     levels = torch.randint(1, 3, (2, 1, 1, 16384, 1), generator=torch.Generator().manual_seed(0)).float()
     for selection in ("published", "causal"):
-        config, seq_len = make(16384, 2, 2, 128, selection=selection, backend="torch")
+        config, _ = make(16384, 2, 2, 128, selection=selection, backend="torch")
         expected = select(*levels, config)
         got = select(*levels.to(DEVICE), replace(config, backend="triton"))
         assert torch.equal(got.entry.cpu(), expected.entry)
