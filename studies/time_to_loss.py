@@ -9,12 +9,15 @@ QUESTION, asked before any run: at 98,304 tokens, which chain of stages, each wi
 (train_configs/32m_32k.toml, k = 1,536) in 960 steps to dense's final held-out loss in the fewest seconds, and how do
 loss beyond 16K and recall beyond 16K then compare with dense's?
 
-MEASURE. Every arm trains on the same sequences in the same order, one per step: books and C4 with facts planted in them
-(recall.py). *Seconds* are steps times tokens per step over the median tokens/s that the stage logged: no start-up,
-compilation, validation or checkpoint. *Held out* is the dense loss on twelve pieces of held-out books with their own
-facts, every sixteenth of the steps, in dense stages only. *Spike* is the first dense step's training loss minus the
-mean of the last 50 Stage 1 steps. After the last stage, dense, on 36 held-out pieces: loss by position, and recall by
-distance. Reported: the gap to dense of the same seed at equal tokens and at equal seconds (its curve interpolated),
+MEASURE. Every arm trains on the same text in the same order, with as many tokens per step: books and C4 with facts
+planted in them (recall.py), one sequence per step. A stage with a shorter context has more sequences per step. Each
+sequence takes its last label too, so twelve short ones take 11 tokens more of the text than one long one, and the long
+ones of a later stage begin so much further on (6,600 tokens after 600 steps). *Seconds* are steps times tokens per step
+over the median tokens/s that the stage logged: no start-up, compilation, validation or checkpoint. *Held out* is the
+dense loss on twelve pieces of held-out books with their own facts, every sixteenth of the steps, in dense stages of the
+full context only. *Spike* is the training loss of the first step of the first dense stage that continues another, minus
+the mean of the last 50 steps before it. After the last stage, dense, on 36 held-out pieces: loss by position, recall
+by distance. Reported: the gap to dense of the same seed at equal tokens and at equal seconds (its curve interpolated),
 seconds until dense's final loss. "dense, again" is the noise of one arm run twice.
 
 ``prepare`` writes OUTPUT/text, which can be carried to another machine (25 MB); ``run`` plants, shuffles by the seed,
@@ -37,6 +40,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from itertools import accumulate
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -76,14 +80,13 @@ class Arm:
     name: str
     stages: tuple[Stage, ...]
 
-    @property
-    def cannot_run(self) -> str | None:
-        """What today's code lacks for this chain."""
-        if any(stage.context is not None for stage in self.stages):
-            return "a resume that changes the context"
-        dense = [stage.lighthouse is None for stage in self.stages]
-        if dense not in ([True], [False, True]):
-            return "a resume other than from Lighthouse to dense"
+    def cannot_run(self, seq_len: int) -> str | None:
+        """Why this chain has no place in a study of ``seq_len`` tokens per sequence, and so per step."""
+        for stage in self.stages:
+            if stage.context is not None and seq_len % stage.context:
+                return f"stage {stage.name!r} has {stage.context:,} tokens per sequence, which must divide {seq_len:,}"
+        if self.stages[-1].lighthouse is not None or self.stages[-1].context not in (None, seq_len):
+            return f"its last stage must be dense at {seq_len:,} tokens, as its held-out loss is"
         return None
 
 
@@ -91,7 +94,7 @@ def two_stages(name: str, parts: int, *lighthouse: str) -> tuple[Stage, ...]:
     return Stage(name, parts, lighthouse), Stage("dense", PARTS - parts)
 
 
-DELAYED = "--lighthouse.delay_scores"
+DELAYED = "--lighthouse.selection=delayed"
 ARMS = [
     Arm("dense", (Stage("dense", PARTS),)),
     Arm("published 10:6", two_stages("published", 10)),
@@ -102,6 +105,8 @@ ARMS = [
     Arm("published layers 3-6 10:6", two_stages("layers-3-6", 10, "--lighthouse.layers=3-6")),
     Arm("k1024 10:6", two_stages("k1024", 10, "--lighthouse.top_k=1024")),
     Arm("k2048 10:6", two_stages("k2048", 10, "--lighthouse.top_k=2048")),
+    Arm("short 8192 then long", (Stage("short", 10, context=8192), Stage("dense", 6))),
+    Arm("short, Lighthouse, dense", (Stage("short", 4, context=8192), Stage("published", 8, ()), Stage("dense", 4))),
     Arm("dense, again", (Stage("dense-again", PARTS),)),
 ]
 
@@ -127,11 +132,13 @@ class Run:
 
 
 def runs_of(arm: Arm, options: argparse.Namespace) -> list[Run]:
-    """The commands of an arm. Folders tell the chain so far: arms with the same beginning share it."""
+    """The commands of an arm. Folders tell the chain so far: arms with the same beginning share it.
+
+    A step has ``options.seq_len`` tokens in every stage: one sequence, or as many short ones as make as many.
+    """
     unit, text = options.steps // PARTS, options.output / f"text-seed{options.seed}"
     common = [
-        *("--training.dataset=c4_local", f"--training.dataset_path={text}", f"--training.seq_len={options.seq_len}"),
-        *("--training.local_batch_size=1", f"--debug.seed={options.seed}"),
+        *("--training.dataset=c4_local", f"--training.dataset_path={text}", f"--debug.seed={options.seed}"),
         *(f"--lr_scheduler.total_steps={options.steps}", f"--checkpoint.interval={unit}", "--lighthouse.top_k=1536"),
     ]
     validate = [
@@ -146,15 +153,25 @@ def runs_of(arm: Arm, options: argparse.Namespace) -> list[Run]:
         last = first + stage.parts * unit
         before = f"{runs[-1].folder.name}-{runs[-1].stage.parts}-" if runs else f"seed{options.seed}-"
         folder = options.output / "runs" / f"{before}{stage.name}"
+        context = stage.context or options.seq_len
+        # What is held out is scored with dense attention at the study's context only.
+        is_scored = stage.lighthouse is None and context == options.seq_len
         if runs:
             start = runs[-1].checkpoints / f"step-{first}"
-            changes = [*validate, *options.overrides]
-            command = launch.resume_dense_command(start, folder, launch.one_node(1), changes)
+            attention = "dense" if stage.lighthouse is None else "lighthouse"
+            words = [f"--attention={attention}", f"--seq-len={context}", f"--total-steps={last}"]
+            # It would be taken over from the stage before.
+            scored = validate if is_scored else ["--validation.no-enable"]
+            changes = [*(stage.lighthouse or ()), *scored, *options.overrides]
+            command = launch.resume_dense_command(start, folder, launch.one_node(1), changes, *words)
         else:
-            attention = ["--lighthouse.no-enable", *validate] if stage.lighthouse is None else stage.lighthouse
             settings = ["--job.config_file", str(options.config), f"--job.dump_folder={folder}"]
-            settings += [f"--training.steps={last}", *common, *attention, *options.overrides]
-            command = launch.trainer_command(launch.one_node(1), settings)
+            settings += [f"--training.steps={last}", *common, f"--training.seq_len={context}"]
+            settings += [f"--training.local_batch_size={options.seq_len // context}"]
+            settings += ["--lighthouse.no-enable"] if stage.lighthouse is None else stage.lighthouse
+            command = launch.trainer_command(
+                launch.one_node(1), [*settings, *(validate if is_scored else ()), *options.overrides]
+            )
         runs.append(Run(stage, folder, first, last, command))
     return runs
 
@@ -214,7 +231,8 @@ def run_arm(arm: Arm, options: argparse.Namespace, device: str | None) -> None:
 
 def remove_checkpoints(folder: Path, steps: int) -> None:
     """All that nothing can start from any more: not the newest, and no arm switches there."""
-    switches = {arm.stages[0].parts * steps // PARTS for arm in ARMS if len(arm.stages) > 1}
+    ends = [list(accumulate(stage.parts for stage in arm.stages)) for arm in ARMS]
+    switches = {end * steps // PARTS for of_arm in ends for end in of_arm[:-1]}
     newest = complete_checkpoints_in(folder)[-1]
     for old in checkpoints_in(folder):
         if step_of(old) not in switches and step_of(old) < step_of(newest):
@@ -345,8 +363,8 @@ def start_and_run(options: argparse.Namespace) -> None:
     by_name = {arm.name: arm for arm in ARMS}
     options.arms = [by_name[name] for name in dict.fromkeys(options.arms)]  # in the order that was asked for
     for arm in options.arms:
-        if arm.cannot_run:
-            raise SystemExit(f"time_to_loss: {arm.name!r} needs {arm.cannot_run}, which does not exist yet")
+        if reason := arm.cannot_run(options.seq_len):
+            raise SystemExit(f"time_to_loss: {arm.name!r} cannot run here: {reason}")
     # Runs of other settings in the same folder would be mixed with these.
     study, settings = options.output / "study.json", study_settings(options)
     if study.exists() and json.loads(study.read_text()) != settings:

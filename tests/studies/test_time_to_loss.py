@@ -10,6 +10,7 @@ import recall
 import time_to_loss
 from time_to_loss import ARMS, PARTS, Arm, Stage, alone_in, result_of, runs_of
 from time_to_loss_report import crossing, loss_at
+from torchtitan.experiments.lighthouse.runs import launch
 
 from helpers.text import write_documents
 
@@ -34,20 +35,50 @@ def options(tmp_path):
 
 
 def test_every_arm_is_sixteen_sixteenths_and_names_mean_one_thing():
-    assert all(sum(stage.parts for stage in arm.stages) == PARTS and arm.cannot_run is None for arm in ARMS)
+    assert all(sum(stage.parts for stage in arm.stages) == PARTS and arm.cannot_run(98304) is None for arm in ARMS)
     settings = {}
-    for arm in ARMS:
-        assert settings.setdefault(arm.stages[0].name, arm.stages[0].lighthouse) == arm.stages[0].lighthouse
+    for stage in (stage for arm in ARMS for stage in arm.stages):
+        what = stage.lighthouse, stage.context
+        assert settings.setdefault(stage.name, what) == what
+    # Of two names one may mean the same: "dense, again".
     assert len({arm.name for arm in ARMS}) == len(ARMS) and len(set(settings.values())) == len(settings) - 1
     chains = {tuple((stage.name, stage.parts) for stage in arm.stages) for arm in ARMS}
     assert len(chains) == len(ARMS)
 
 
-def test_chains_that_change_the_context_are_held_and_refused():
+def test_a_chain_that_has_no_place_in_the_study_says_why():
     short, long = Stage("short", 8, context=8192), Stage("dense", 8)
-    assert "changes the context" in Arm("short, then long", (short, long)).cannot_run
-    through = Stage("published", 4, ())
-    assert "other than" in Arm("dense, Lighthouse, dense", (long, through, Stage("dense", 4))).cannot_run
+    assert Arm("short, then long", (short, long)).cannot_run(98304) is None
+    assert "8,192 tokens per sequence, which must divide 1,024" in Arm("short, then long", (short, long)).cannot_run(
+        1024
+    )
+    for last in (short, Stage("published", 8, ())):
+        assert "must be dense at 98,304" in Arm("ends otherwise", (long, last)).cannot_run(98304)
+
+
+def test_a_chain_expands_to_a_run_of_each_stage(options):
+    """Twelve short sequences per step are as many tokens as one long one; the schedule is that of the whole chain."""
+    short, middle, last = runs_of(next(arm for arm in ARMS if arm.name == "short, Lighthouse, dense"), options)
+    assert [(run.first, run.last) for run in (short, middle, last)] == [(0, 240), (240, 720), (720, 960)]
+    words = ("--training.seq_len=8192", "--training.local_batch_size=12", "--lighthouse.no-enable")
+    assert {*words, "--training.steps=240", "--lr_scheduler.total_steps=960"} < set(short.command)
+    assert not any("validation" in word or "keep_latest" in word for word in short.command)
+    own, changes = launch.split_overrides(middle.command)
+    assert {"--attention=lighthouse", "--seq-len=98304", "--total-steps=720"} < set(own)
+    assert str(short.checkpoints / "step-240") in own and changes == ["--validation.no-enable", "--optimizer.lr=2e-3"]
+    own, changes = launch.split_overrides(last.command)
+    assert {"--attention=dense", "--seq-len=98304", "--total-steps=960"} < set(own)
+    assert str(middle.checkpoints / "step-720") in own and "--validation.freq=60" in changes
+    # The other chain begins with more steps of the same short stage, and has no middle.
+    first, long = runs_of(next(arm for arm in ARMS if arm.name == "short 8192 then long"), options)
+    assert first.folder == short.folder and first.last == 600 and long.folder not in (middle.folder, last.folder)
+    for step in range(60, 901, 60):
+        save(short, step)
+        save(middle, step)
+    for run in (short, middle):
+        time_to_loss.remove_checkpoints(run.checkpoints, options.steps)
+        kept = {path.name for path in run.checkpoints.iterdir()}
+        assert {"step-240", "step-600", "step-720", "step-900"} < kept and "step-300" not in kept
 
 
 def test_an_arm_expands_to_its_commands(options):
@@ -88,7 +119,8 @@ def test_checkpoints_that_an_arm_may_start_from_stay(options):
     for step in range(60, 901, 60):
         save(run, step)
     time_to_loss.remove_checkpoints(run.checkpoints, options.steps)
-    assert {path.name for path in run.checkpoints.iterdir()} == {"step-600", "step-720", "step-840", "step-900"}
+    kept = {path.name for path in run.checkpoints.iterdir()}
+    assert kept == {"step-240", "step-600", "step-720", "step-840", "step-900"}
 
 
 def test_a_finished_stage_is_not_run_again_and_a_finished_arm_is_skipped(options, monkeypatch, capsys):
@@ -200,3 +232,5 @@ def test_prepare_then_a_run_that_is_refused(tmp_path, monkeypatch):
     (tmp_path / "out/study.json").write_text('{"steps": 960}')
     with pytest.raises(SystemExit, match="choose another --output"):
         main("run", "--arms", "dense")
+    with pytest.raises(SystemExit, match=r"'short 8192 then long' cannot run here: .* must divide 1,024"):
+        main("run", "--arms", "short 8192 then long")

@@ -167,6 +167,8 @@ def test_a_chain_is_one_curve_whose_stages_say_what_they_are(tmp_path):
     *_, (_, _, rows) = report.tables(both, 1)
     assert dict(rows)["last gap to whole"] == "-2.5000 at step 30"
     report.draw(both, 1, tmp_path / "loss.png")
+    elsewhere = write_run(tmp_path / "elsewhere", "dense", [4.0] * 30, tps=50, lighthouse=False, seq_len=512)
+    assert report.headlines(report.load_experiments([*chain, elsewhere])) == [sentence]
     with pytest.raises(Refused, match="middle holds Stage 2: name its Stage 1 run just before it"):
         report.load_experiments([whole, chain[1]])
     with pytest.raises(Refused, match="long holds Stage 3: name its Stage 2 run just before it"):
