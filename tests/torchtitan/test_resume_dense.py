@@ -11,6 +11,7 @@ from torchtitan.experiments.lighthouse import report, resume_dense
 from torchtitan.experiments.lighthouse.errors import Refused
 from torchtitan.experiments.lighthouse.runs import launch, next_stage
 from torchtitan.experiments.lighthouse.runs.contract import StageBefore
+from torchtitan.experiments.lighthouse.runs.settings import read_settings
 
 from helpers.launch import (
     REPOSITORY,
@@ -214,6 +215,25 @@ def test_a_folder_holds_one_stage_with_one_context(short, tmp_path, capsys):
     assert "already holds Stage 2 through Lighthouse at 2,048 tokens, and this one is dense at 2,048;" in message
     assert "and this one is through Lighthouse at 512" in refusal(capsys, short, *words, "lighthouse")
     resume_dense.main([str(short), *map(str, words), "lighthouse", "--seq-len", "2048", "--dry-run"])
+
+
+@pytest.mark.parametrize(("delayed", "selection"), [(True, "delayed"), (False, "published")])
+def test_a_run_of_an_older_version_goes_on(delayed, selection, copy, capsys):
+    """It knew neither the number of a stage nor today's name of the selection."""
+    config = config_of(copy)
+    for name in ("stage", "selection", "local_window"):
+        del config["lighthouse"][name]
+    config["lighthouse"]["delay_scores"] = delayed
+    (copy / "config.json").write_text(json.dumps(config))
+    resume_dense.main([str(copy), "--dry-run", "--", "--lighthouse.layers", "1"])
+    assert f"to step 20, dense, in {copy}_dense" in capsys.readouterr().out
+    assert read_settings(copy / "checkpoint/step-4").lighthouse.selection == selection
+    # Stage 2 of such a version says only where it came from.
+    config["lighthouse"] |= {"enable": False, "stage1_checkpoint": "/gone/checkpoint/step-2"}
+    (copy / "config.json").write_text(json.dumps(config))
+    resume_dense.main([str(copy), "--attention", "lighthouse", "--dry-run"])
+    printed = capsys.readouterr().out
+    assert f"Stage 3 from {copy}/checkpoint/step-4" in printed and (f'selection = "{selection}"' in printed) == delayed
 
 
 def test_a_later_stage_does_not_inherit_a_position_that_was_given_up(copy, capsys):

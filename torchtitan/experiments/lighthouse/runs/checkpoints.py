@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torchtitan.experiments.lighthouse.errors import Refused
 
@@ -63,6 +63,15 @@ def config_file_of(path: Path) -> Path:
     if not file.is_file():
         raise Refused(f"{file} is missing: {path} is neither a run's dump folder nor a checkpoint of one")
     return file
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """The settings in a run's ``config.json``, by today's names where an older version saved them."""
+    config: dict[str, Any] = json.loads(file.read_text())
+    section = config.get("lighthouse", {})
+    if section.pop("delay_scores", False):
+        section.setdefault("selection", "delayed")
+    return config
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from torchtitan.experiments.lighthouse.job_config import MergedConfig
 from torchtitan.experiments.lighthouse.runs.checkpoints import (
     config_file_of,
     find_checkpoint,
+    read_config,
     read_metadata,
     step_of,
 )
@@ -89,7 +89,7 @@ def find_stage_before(path: Path) -> StageBefore:
         Refused: if there is none, or it is not a complete full checkpoint of this trainer.
     """
     config_file = config_file_of(path)
-    config = json.loads(config_file.read_text())
+    config = read_config(config_file)
     if "lighthouse" not in config:
         raise Refused(f"{config_file} has no [lighthouse] section, so this is no run of this trainer")
     checkpoint = find_checkpoint(path)

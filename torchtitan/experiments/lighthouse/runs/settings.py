@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -15,14 +14,14 @@ from torchtitan.config import ConfigManager
 from torchtitan.experiments.lighthouse.job_config import MergedConfig
 from torchtitan.experiments.lighthouse.model.args import LighthouseModelArgs
 from torchtitan.experiments.lighthouse.model.model import LighthouseTransformer
-from torchtitan.experiments.lighthouse.runs.checkpoints import config_file_of, read_metadata
+from torchtitan.experiments.lighthouse.runs.checkpoints import config_file_of, read_config, read_metadata
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.utils import device_type
 
 
 def read_settings(checkpoint: Path) -> MergedConfig:
     """The settings of the run that saved ``checkpoint``: its model, tokenizer, data and [lighthouse] sections."""
-    saved = json.loads(config_file_of(checkpoint).read_text())
+    saved = read_config(config_file_of(checkpoint))
     parsed = ConfigManager().parse_args(["--job.custom_config_module", saved["job"]["custom_config_module"]])
     settings = cast(MergedConfig, parsed)  # by that module
     for section in ("model", "lighthouse", "training"):
