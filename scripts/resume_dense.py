@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Stage 2: the command ``python -m torchtitan.experiments.lighthouse.resume_dense``, from the repository."""
+"""The next stage: the command ``python -m torchtitan.experiments.lighthouse.resume_dense``, from the repository."""
 
 import runpy
 from pathlib import Path

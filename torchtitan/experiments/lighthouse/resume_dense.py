@@ -7,7 +7,8 @@ is Stage 2 of the paper. It takes the newest complete checkpoint of that run (or
 outputs/530m_stage1/checkpoint/step-10000) and goes on with the same weights, optimizer state, data position and
 learning-rate schedule, to the end of the schedule or to --total-steps, in a dump folder of its own, so that the files
 of the stage before are never touched. Run the same command again after an interruption and the stage continues.
-Everything is checked before anything is launched or written. Settings after "--" change this stage only:
+Everything is checked before anything is launched or written. Settings after "--" change this stage, and the stages that
+continue it take them over; the stage before stays as it is:
 
     python scripts/resume_dense.py RUN -- --activation_checkpoint.mode full
 
