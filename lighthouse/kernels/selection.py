@@ -23,9 +23,6 @@ _M = tl.constexpr(PARENTS_PER_TILE)
 _LOG_M = tl.constexpr(log2(PARENTS_PER_TILE))
 BLOCK_ENTRIES = 256
 
-#: Pairs of scores that a causally selecting program compares at once: as many as fit into registers.
-COMPARED_AT_ONCE = 32768
-
 
 @triton.jit
 def _highest(bits, COUNT: tl.constexpr, NUM_BITS: tl.constexpr):
@@ -55,7 +52,7 @@ def _highest(bits, COUNT: tl.constexpr, NUM_BITS: tl.constexpr):
 @triton.jit
 def _higher_before(
     bits, place, stored,
-    NUM_CANDIDATES: tl.constexpr, COMPARED: tl.constexpr,
+    NUM_CANDIDATES: tl.constexpr, UNROLLED: tl.constexpr,
 ):  # fmt: skip
     """How many of ``bits`` before each one are at least as high, int64; ``stored`` is room for all of them."""
     # All threads may still be reading what was stored before, and must then see what is stored now.
@@ -63,10 +60,10 @@ def _higher_before(
     tl.store(stored + place, bits)
     tl.debug_barrier()
     higher = place * 0
-    for first in range(0, NUM_CANDIDATES, COMPARED):
-        other = first + tl.arange(0, COMPARED)
-        at_least = tl.load(stored + other)[None, :] >= bits[:, None]
-        higher += tl.sum((at_least & (other[None, :] < place[:, None])).to(tl.int32), axis=1)
+    # One by one against all: a thread keeps its own sums, and the loads of several are under way at once.
+    for first in range(0, NUM_CANDIDATES, UNROLLED):
+        for i in tl.static_range(UNROLLED):
+            higher += ((tl.load(stored + first + i) >= bits) & (first + i < place)).to(tl.int32)
     return higher.to(tl.int64)
 
 
@@ -78,15 +75,15 @@ def _first(chosen, COUNT: tl.constexpr):
 @triton.jit
 def _chosen_causally(
     query_bits, key_bits, is_start, place, count, stored,
-    NUM_CANDIDATES: tl.constexpr, COMPARED: tl.constexpr,
+    NUM_CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     """Which of the ``count`` candidates are parents, from the past alone; bits are negative past ``count``."""
     half: tl.constexpr = _M // 2
-    high = (2 * _higher_before(query_bits, place, stored, NUM_CANDIDATES, COMPARED) + 1) * count < (place + 1) * _M
+    high = (2 * _higher_before(query_bits, place, stored, NUM_CANDIDATES, 8) + 1) * count < (place + 1) * _M
     in_a = _first((high & (query_bits >= 0)) | is_start, half)
     rest_up_to = place + 1 - tl.cumsum(in_a.to(tl.int32), axis=0)
     key_bits = tl.where(in_a, -1, key_bits)
-    higher = _higher_before(key_bits, place, stored, NUM_CANDIDATES, COMPARED)
+    higher = _higher_before(key_bits, place, stored, NUM_CANDIDATES, 8)
     high = (2 * higher + 1) * (count - half) < rest_up_to * _M
     chosen = in_a | _first(high & (key_bits >= 0), half)
     taken_before = tl.cumsum(chosen.to(tl.int32), axis=0) - chosen.to(tl.int32)
@@ -108,7 +105,7 @@ def _window_max(score, index, valid, width, BITS: tl.constexpr):
 def _pick(
     query_score, key_score, index, place, count, width, parents, stored, cover_start,
     BITS: tl.constexpr, NUM_BITS: tl.constexpr, INFINITY_BITS: tl.constexpr,
-    CAUSAL: tl.constexpr, NUM_CANDIDATES: tl.constexpr, COMPARED: tl.constexpr,
+    CAUSAL: tl.constexpr, NUM_CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     """Store the m parents among the first ``count`` candidates ``index``, both ascending. ``cover_start``: window 0 is
     one of them."""
@@ -118,7 +115,7 @@ def _pick(
     is_start = (index == 0) & valid & cover_start
     query_bits = tl.where(is_start, tl.maximum(query_bits, INFINITY_BITS), query_bits)
     if CAUSAL:
-        chosen = _chosen_causally(query_bits, key_bits, is_start, place, count, stored, NUM_CANDIDATES, COMPARED)
+        chosen = _chosen_causally(query_bits, key_bits, is_start, place, count, stored, NUM_CANDIDATES)
     else:
         by_query = _highest(query_bits, _M // 2, NUM_BITS)
         by_key = _highest(tl.where(by_query, -1, key_bits), _M // 2, NUM_BITS)
@@ -132,7 +129,7 @@ def _pick_parents_kernel(
     query_score, key_score, parents, stored, groups, tiles, per_tile, length, starts_every,
     NUM_LEVELS: tl.constexpr, FACTOR: tl.constexpr, LOG_FACTOR: tl.constexpr, COARSEST: tl.constexpr,
     BITS: tl.constexpr, NUM_BITS: tl.constexpr, INFINITY_BITS: tl.constexpr,
-    CAUSAL: tl.constexpr, ROOM: tl.constexpr, COMPARED: tl.constexpr,
+    CAUSAL: tl.constexpr, ROOM: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0) % tiles
     bg = (tl.program_id(0) // tiles).to(tl.int64)
@@ -146,7 +143,7 @@ def _pick_parents_kernel(
     width = 1 << (LOG_FACTOR * (NUM_LEVELS - 2))
     _pick(
         query_score, key_score, tile * per_tile + place, place, per_tile, width, parents + (NUM_LEVELS - 2) * _M,
-        stored, cover_start, BITS, NUM_BITS, INFINITY_BITS, CAUSAL, COARSEST, COMPARED,
+        stored, cover_start, BITS, NUM_BITS, INFINITY_BITS, CAUSAL, COARSEST,
     )  # fmt: skip
     for step in tl.static_range(1, NUM_LEVELS - 1):
         # The list of the level above is stored by all threads and read by all.
@@ -157,7 +154,7 @@ def _pick_parents_kernel(
         _pick(
             query_score, key_score, children, tl.arange(0, _M * FACTOR), _M * FACTOR, width,
             parents + (NUM_LEVELS - 2 - step) * _M, stored, cover_start, BITS, NUM_BITS, INFINITY_BITS,
-            CAUSAL, _M * FACTOR, COMPARED,
+            CAUSAL, _M * FACTOR,
         )  # fmt: skip
 
 
@@ -184,8 +181,8 @@ def pick_parents(
         starts_every,
         NUM_LEVELS=num_levels, FACTOR=pooling_factor, LOG_FACTOR=log2(pooling_factor), COARSEST=coarsest,
         BITS=tl.int64 if double else tl.int32, NUM_BITS=63 if double else 31,
-        INFINITY_BITS=infinity, CAUSAL=causal, ROOM=room, COMPARED=max(1, min(32, COMPARED_AT_ONCE // max(1, room))),
-        num_warps=min(32, max(4, coarsest // 256)),
+        INFINITY_BITS=infinity, CAUSAL=causal, ROOM=room,
+        num_warps=min(32, max(8 if causal else 4, coarsest // 256)),
     )  # fmt: skip
     return parents
 
