@@ -94,7 +94,8 @@ def two_stages(name: str, parts: int, *lighthouse: str) -> tuple[Stage, ...]:
     return Stage(name, parts, lighthouse), Stage("dense", PARTS - parts)
 
 
-DELAYED = "--lighthouse.selection=delayed"
+DELAYED, CAUSAL = "--lighthouse.selection=delayed", "--lighthouse.selection=causal"
+LOCAL = "--lighthouse.local_window="
 ARMS = [
     Arm("dense", (Stage("dense", PARTS),)),
     Arm("published 10:6", two_stages("published", 10)),
@@ -102,6 +103,14 @@ ARMS = [
     Arm("published 14:2", two_stages("published", 14)),
     Arm("delayed 10:6", two_stages("delayed", 10, DELAYED)),
     Arm("delayed 14:2", two_stages("delayed", 14, DELAYED)),
+    *(
+        Arm(
+            f"causal W{window} {parts}:{PARTS - parts}",
+            two_stages(f"causal-w{window}", parts, CAUSAL, f"{LOCAL}{window}"),
+        )
+        for window, splits in ((512, (10, 12, 14, 15)), (128, (14,)), (1024, (14,)))
+        for parts in splits
+    ),
     Arm("published layers 3-6 10:6", two_stages("layers-3-6", 10, "--lighthouse.layers=3-6")),
     Arm("k1024 10:6", two_stages("k1024", 10, "--lighthouse.top_k=1024")),
     Arm("k2048 10:6", two_stages("k2048", 10, "--lighthouse.top_k=2048")),
