@@ -47,7 +47,7 @@ def test_a_published_run_fails_and_says_where(published, tmp_path):
     process = run(words, check=False)
     report = json.loads(file.read_text())
     assert process.returncode == 1, process.stderr
-    assert "\nNot causal: at 5 of 5 positions t" in process.stdout
+    assert "\nNot causal: at 5 of 5 t" in process.stdout
     assert report["causal"] is report["exact"] is False and report["attention"] == "Lighthouse, published"
     assert report["lighthouse"]["top_k"] == 128 and report["largest"] > 100 * report["rounding"]
     for position in report["positions"]:
@@ -72,7 +72,7 @@ def test_a_dense_run_passes(dense, capsys):
     assert check(dense, *QUICK) == 0
     printed = capsys.readouterr().out
     assert "step-1, dense, 1,024 tokens: random tokens, seed 0" in printed
-    assert "Causal, exactly: at 5 positions t" in printed and printed.count("| exact |") == 5
+    assert "Causal, exactly: at 5 of 5 t" in printed and printed.count("| exact |") == 5
 
 
 def test_the_weights_of_a_published_run_pass_in_dense_attention(published, tmp_path):

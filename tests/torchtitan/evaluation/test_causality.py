@@ -55,7 +55,7 @@ def test_causal_attention_moves_no_logit_at_all(overrides):
     assert {f"{word} the border of a tile" for word in ("before", "on", "after")} < places
     assert result.largest == 0 and not result.leaks and result.repeat == 0 < result.rounding
     assert {finding.verdict(result.rounding) for finding in result.findings} == {"exact"}
-    assert causality.conclusion(result).startswith("Causal, exactly: at 7 positions t")
+    assert causality.conclusion(result).startswith("Causal, exactly: at 7 of 7 t")
 
 
 def test_the_published_selection_looks_ahead_within_its_tile():
@@ -67,7 +67,7 @@ def test_the_published_selection_looks_ahead_within_its_tile():
         else:
             assert finding.largest > 100 * result.rounding and 0 < finding.moved <= finding.t + 1
     assert TILE - 1 in [finding.t for finding in result.findings] and len(result.leaks) == 6
-    assert causality.conclusion(result).startswith("Not causal: at 6 of 7 positions t")
+    assert causality.conclusion(result).startswith("Not causal: at 6 of 7 t")
 
 
 def test_delayed_scores_do_not_hide_that_later_windows_compete():
@@ -102,7 +102,7 @@ def add_of_later_tokens(model, size):
 def test_less_than_rounding_is_no_look_ahead_and_more_is(dense):
     below = checked(DENSE, model=add_of_later_tokens(dense, 1e-9))
     assert 0 < below.largest <= below.rounding and not below.leaks
-    assert causality.conclusion(below).startswith("Causal up to rounding: at 7 positions t")
+    assert causality.conclusion(below).startswith("Causal up to rounding: at 7 of 7 t")
     above = checked(DENSE, model=add_of_later_tokens(dense, 1e-5))
     assert len(above.leaks) == 7 and above.largest < 1e-2
 

@@ -12,8 +12,8 @@ as evaluate reads it.
 
 The model computes in float32 on every device, so that rounding is far below what one selected entry more or less does
 to the logits. (On a GPU, training's attention kernels are others, and in bfloat16. The kernels that select are the
-same.) Dense attention at 98,304 tokens takes about half a minute a pass on a GPU; --seq-len takes fewer tokens. There
-are positions · tries + 2 passes.
+same.) There are positions · tries + 2 passes: on one H100, with 530M parameters at 98,304 tokens, 3.5 seconds each
+through Lighthouse and 14 dense. --seq-len takes fewer tokens.
 
 Prints a table and one line of conclusion. Exit status: 0 if no logit moves by more than rounding, 1 if one does, 2 if
 it could not be checked as asked.
