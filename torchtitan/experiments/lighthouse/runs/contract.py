@@ -143,7 +143,7 @@ def check_continuation(before: StageBefore, settings: MergedConfig, world_size: 
     if "dataloader" not in settings.checkpoint.exclude_from_loading:
         _check_readers(before, after, world_size)
     if after["training"]["seq_len"] != saved["training"]["seq_len"]:
-        _check_tokens_per_step(before, settings, world_size // model_parallel_size(after))
+        _check_tokens_per_step(before, settings, max(1, world_size // model_parallel_size(after)))
     try:
         check_context(settings)
     except ValueError as error:
