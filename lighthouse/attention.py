@@ -59,6 +59,9 @@ def lighthouse_attention(
         raise ValueError(
             f"scorer={config.scorer!r} attends to rotated queries and keys: rotate needs the scorer 'norm'"
         )
+    if config.selection == "none":
+        config.validate(query.shape[2])
+        return attend_locally(*turned(query, key, rotate), value, config.local_window)
     selection = select(query, key, config, value=value, backend=backend)
     return attend_selected(query, key, value, selection, config, attention=attention, rotate=rotate, backend=backend)
 

@@ -11,7 +11,7 @@ from lighthouse.pyramid import level_lengths
 Scorer = Literal["norm", "dilated", "gla"]
 Backend = Literal["auto", "torch", "triton"]
 ResolvedBackend = Literal["torch", "triton"]
-SelectionRule = Literal["published", "delayed", "causal"]
+SelectionRule = Literal["published", "delayed", "causal", "none"]
 
 #: Triton's interpreter runs kernels on CPU tensors. Triton reads this variable when it is imported, and so do we.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -58,7 +58,8 @@ class LighthouseConfig:
     ``published``: its own, compared with all of its tile. A model learns to read from the selection what comes next.
     ``delayed``: those of the window of its size that lies one coarsest window earlier in the tile, compared with all of
     the tile; windows under the first coarsest one of a tile score 0. ``causal``: the same scores, compared with earlier
-    windows of the tile only, so that nothing depends on later tokens.
+    windows of the tile only, so that nothing depends on later tokens. ``none``: nothing is selected, and the layer is
+    attention over the local window alone.
     """
 
     local_window: int = 0
@@ -88,6 +89,11 @@ class LighthouseConfig:
                 f"local_window={self.local_window}: must be 0 or a positive multiple of {WINDOW_STEP}; "
                 f"nearest valid values: {nearest}"
             )
+        if self.selection == "none" and not self.local_window:
+            raise ValueError(
+                f"local_window=0: selection='none' needs a window; nearest valid value: {WINDOW_STEP} (or another "
+                "selection)"
+            )
 
     @property
     def num_tiles(self) -> int:
@@ -102,6 +108,16 @@ class LighthouseConfig:
         Raises:
             ValueError: naming the value, the rule it breaks and the nearest valid values.
         """
+        if isinstance(seq_len, bool) or not isinstance(seq_len, int) or seq_len < 1:
+            raise ValueError(f"seq_len={seq_len!r}: must be a positive integer")
+        if num_chunks > 1 and self.local_window > seq_len // num_chunks:
+            raise ValueError(
+                f"local_window={self.local_window}: must not be longer than the {seq_len // num_chunks} tokens of each "
+                f"of the {num_chunks} chunks of context parallelism; nearest valid value: "
+                f"{seq_len // num_chunks // WINDOW_STEP * WINDOW_STEP}"
+            )
+        if self.selection == "none":
+            return
         p, levels, top_k, m = self.pooling_factor, self.num_levels, self.top_k, PARENTS_PER_TILE
         if num_chunks > 1 and self.scorer != "norm":
             raise ValueError(
@@ -115,8 +131,6 @@ class LighthouseConfig:
         if top_k < m or top_k % m:
             nearest = _either({max(m, top_k // m * m), max(m, (top_k // m + 1) * m)})
             raise ValueError(f"top_k={top_k}: must be a positive multiple of {m}; nearest valid values: {nearest}")
-        if isinstance(seq_len, bool) or not isinstance(seq_len, int) or seq_len < 1:
-            raise ValueError(f"seq_len={seq_len!r}: must be a positive integer")
 
         if self.num_tiles % num_chunks:
             step = m * num_chunks
@@ -145,12 +159,6 @@ class LighthouseConfig:
                 f"top_k={top_k}, seq_len={seq_len}: each of the {tiles} tiles must hold at least {m} entries of the "
                 f"coarsest level, but {coarsest} entries leave {coarsest // tiles}; {remedy}"
             )
-        if num_chunks > 1 and self.local_window > seq_len // num_chunks:
-            raise ValueError(
-                f"local_window={self.local_window}: must not be longer than the {seq_len // num_chunks} tokens of each "
-                f"of the {num_chunks} chunks of context parallelism; nearest valid value: "
-                f"{seq_len // num_chunks // WINDOW_STEP * WINDOW_STEP}"
-            )
         if self.scorer in ("dilated", "gla") and seq_len % self.dilation:
             nearest = _either(_divisors_around(self.dilation, seq_len))
             raise ValueError(
@@ -172,6 +180,8 @@ class LighthouseConfig:
             ValueError: as ``validate``.
         """
         self.validate(seq_len)
+        if self.selection == "none":
+            return 0
         coarsest = level_lengths(seq_len, self.num_levels, self.pooling_factor)[-1]
         return coarsest + (self.num_levels - 1) * self.pooling_factor * self.top_k
 

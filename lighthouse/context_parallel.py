@@ -123,6 +123,16 @@ def context_parallel_attention(
     backend = config.resolve_backend(query.device.type)
     chunk_len, config = local_len // shards.held, config.of_chunk(shards.num_chunks)
     chunks = [shards.stack(rows) for rows in (query, key, value)]
+    local = None
+    if config.local_window:
+        near_query, near_key = (shards.stack(rows) for rows in turned(query, key, rotate))
+        before = shards.pass_halo_on(last_rows(near_key, chunks[2], config.local_window)).chunk(2, dim=-1)
+        local = attend_locally(
+            near_query, near_key, chunks[2], config.local_window, before=before, starts_every=shards.starts_every
+        )
+    if config.selection == "none":
+        assert local is not None
+        return shards.join(local)
     selection = select(chunks[0], chunks[1], config, starts_every=shards.starts_every, backend=backend)
     short = [shards.join(gather(rows, selection, config, backend)) for rows in chunks]
     if rotate is not None:
@@ -131,13 +141,6 @@ def context_parallel_attention(
         first = torch.arange(len(position), device=position.device) % shards.held * chunk_len
         position = shards.join((position + first[:, None, None])[..., None])[..., 0]
         short[:2] = [rotate(rows, position) for rows in short[:2]]
-    local = None
-    if config.local_window:
-        near_query, near_key = (shards.stack(rows) for rows in turned(query, key, rotate))
-        before = shards.pass_halo_on(last_rows(near_key, chunks[2], config.local_window)).chunk(2, dim=-1)
-        local = attend_locally(
-            near_query, near_key, chunks[2], config.local_window, before=before, starts_every=shards.starts_every
-        )
     grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
     output = shards.stack(attention(*short, **grouped))
     halo = shards.pass_halo_on(halo_of(output, selection, chunk_len, config))

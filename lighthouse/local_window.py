@@ -1,26 +1,21 @@
 """Exact causal attention over the last W positions, for positions whose own row is not selected.
 
-Source: docs/method.md, section 10.4. On a GPU it is PyTorch's Flash attention with a window; in other precisions and on
-other devices it is PyTorch's SDPA, on blocks of W queries and the 2·W keys around them.
+Source: docs/method.md, section 10.4. On a GPU it is PyTorch's Flash attention with a window
+(``lighthouse.flash_window``). In other precisions and on other devices it is PyTorch's SDPA, on blocks of W queries and
+the 2·W keys around them.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 #: What Flash attention takes; everything else runs in blocks.
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
 FLASH_HEAD_DIMS = range(8, 257, 8)
-
-#: Torch 2.11 takes grouped heads without being told, later versions want to be.
-GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 def turned(query: Tensor, key: Tensor, rotate: Callable[[Tensor, Tensor], Tensor] | None) -> tuple[Tensor, Tensor]:
@@ -55,45 +50,11 @@ def attend_locally(
         [B, H, N, D] in the dtype of ``query``.
     """
     by_flash = query.is_cuda and query.dtype in FLASH_DTYPES and query.shape[-1] in FLASH_HEAD_DIMS
-    attend = _attend_by_flash if by_flash else _attend_in_blocks
-    return attend(query, key, value, window, before, starts_every)
+    if not by_flash:
+        return _attend_in_blocks(query, key, value, window, before, starts_every)
+    import lighthouse.flash_window  # only here: it loads much of torch that nothing else needs
 
-
-def _attend_by_flash(
-    query: Tensor, key: Tensor, value: Tensor, window: int, before: Sequence[Tensor] | None, starts_every: int
-) -> Tensor:
-    """The sequences of the batch one after the other; of each, queries and keys end at the same position."""
-    batch, heads, seq_len, _ = query.shape
-    number = torch.arange(batch + 1, device=query.device, dtype=torch.int32)
-    query_ends = key_ends = number * seq_len
-    longest = seq_len
-    if before is None:
-        keys, values = _packed(key), _packed(value)
-    else:
-        keys, values = (_with_rows_before(*pair, starts_every) for pair in zip(before, (key, value), strict=True))
-        starts = -(-number // starts_every) if starts_every else 0 * number
-        key_ends, longest = query_ends + window * (number - starts), seq_len + window
-    grouped = GROUPED if heads != key.shape[1] else {}
-    out = varlen_attn(
-        _packed(query), keys, values, query_ends, key_ends, seq_len, longest, window_size=(window - 1, 0), **grouped
-    )
-    assert isinstance(out, Tensor)
-    return out.unflatten(0, (batch, seq_len)).transpose(1, 2)
-
-
-def _packed(rows: Tensor) -> Tensor:
-    """[B, H, N, D] to [B·N, H, D]; a view of what attention modules hand over."""
-    return rows.transpose(1, 2).flatten(0, 1)
-
-
-def _with_rows_before(before: Tensor, rows: Tensor, starts_every: int) -> Tensor:
-    """The packed rows, the sequences that are no start led by the rows before them."""
-    parts = []
-    for b, (ahead, own) in enumerate(zip(before, rows, strict=True)):
-        if not starts_every or b % starts_every:
-            parts.append(ahead)
-        parts.append(own)
-    return torch.cat(parts, dim=1).transpose(0, 1)
+    return lighthouse.flash_window.attend(query, key, value, window, before, starts_every)
 
 
 def _attend_in_blocks(

@@ -73,6 +73,8 @@ def select(
     check_shapes(query, key, value)
     seq_len = query.shape[2]
     config.validate(seq_len)
+    if config.selection == "none":
+        raise ValueError("selection='none': selects nothing; lighthouse_attention attends to the local window alone")
     if value is None and config.scorer != "norm":
         raise ValueError(f"scorer={config.scorer!r} needs the value tensor: call select(..., value=value)")
     backend = backend or config.resolve_backend(query.device.type)

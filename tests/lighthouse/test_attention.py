@@ -82,6 +82,16 @@ def test_a_window_over_everything_is_dense_where_nothing_is_selected(window):
     torch.testing.assert_close(scatter(rows, nothing, seq_len, config, "torch", local=local), dense)
 
 
+def test_a_window_alone_is_local_attention(on):
+    config = LighthouseConfig(selection="none", local_window=128, backend=on["backend"])
+    inputs = qkv(500, heads=4, groups=2, device=on["device"])
+    ours = lighthouse_attention(*inputs, config, rotate=lambda rows, position: rows + position[0, 0, :, None])
+    turned = [rows + torch.arange(500, device=on["device"])[:, None] for rows in inputs[:2]]
+    torch.testing.assert_close(ours, attend_locally(*turned, inputs[2], 128))
+    with pytest.raises(ValueError, match="selects nothing"):
+        select(*inputs[:2], config)
+
+
 @pytest.mark.parametrize(("seq_len", "window"), [(640, 128), (500, 384), (320, 256), (96, 128)])
 @pytest.mark.parametrize("dtype", [torch.float64, *HALF], ids=str)
 @pytest.mark.parametrize(

@@ -133,6 +133,14 @@ def test_wrong_names_and_types_are_refused_at_construction(changes, expected):
     assert expected in str(error.value)
 
 
+def test_a_window_alone_needs_no_geometry_but_a_window():
+    config = LighthouseConfig(selection="none", local_window=512)
+    config.validate(98305)
+    assert config.selected_length(98305) == 0
+    with pytest.raises(ValueError, match=r"local_window=0: selection='none' needs a window; .*: 128"):
+        LighthouseConfig(selection="none")
+
+
 def test_a_window_fits_into_a_chunk():
     config = LighthouseConfig(local_window=12288)
     config.validate(98304, 4)

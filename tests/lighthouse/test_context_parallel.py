@@ -72,8 +72,9 @@ def alone():
 
 
 @pytest.mark.parametrize("load_balanced", [True, False], ids=["two chunks", "one chunk"])
-def test_one_rank_equals_one_device_and_resolves_the_backend_once(load_balanced, alone, monkeypatch):
-    config, seq_len = make(2048, 2, 2, 512, selection="causal", local_window=256)
+@pytest.mark.parametrize("selection", ["causal", "none"])
+def test_one_rank_equals_one_device_and_resolves_the_backend_once(selection, load_balanced, alone, monkeypatch):
+    config, seq_len = make(2048, 2, 2, 512, selection=selection, local_window=256)
     inputs = qkv(seq_len, groups=1, head_dim=8, batch=2)
     grad = random_rows(*inputs[0].shape, seed=9, dtype=torch.float64)
     expected = run(*inputs, config, grad)
