@@ -8,6 +8,7 @@ from torchtitan.experiments.lighthouse.seams.context_parallel import remember_la
 
 from helpers.launch import CONFIG, SMALL, flags, run
 
+WINDOWED = ["--lighthouse.selection=causal", "--lighthouse.local_window=128"]
 FLOAT32 = flags({name: value for name, value in SMALL.items() if not name.startswith("checkpoint.")})
 
 
@@ -16,10 +17,10 @@ FLOAT32 = flags({name: value for name, value in SMALL.items() if not name.starts
     [
         ((1, 2, 1), ["--parallelism.fsdp_reshard_after_forward=always"]),
         ((1, 1, 2), ["--parallelism.disable_loss_parallel"]),
-        ((1, 1, 2), ["--parallelism.disable_loss_parallel", "--model.flavor=debug_gqa"]),
-        ((2, 2, 1), ["--activation_checkpoint.mode=full"]),
+        ((1, 1, 2), ["--parallelism.disable_loss_parallel", "--model.flavor=debug_gqa", *WINDOWED]),
+        ((2, 2, 1), ["--activation_checkpoint.mode=full", *WINDOWED]),
     ],
-    ids=["FSDP 2", "TP 2", "TP 2 with grouped heads", "HSDP 2x2 with full activation checkpointing"],
+    ids=["FSDP 2", "TP 2", "TP 2, grouped heads, window", "HSDP 2x2, full activation checkpointing, window"],
 )
 def test_parallel_equals_one_process(layout, overrides):
     """Loss and every gradient of a step on the same sequences, float32, gloo."""

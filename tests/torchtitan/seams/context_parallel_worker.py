@@ -5,6 +5,7 @@ Run by torchrun, over gloo on CPU or NCCL on GPUs, with the dtype as argument.
 
 import os
 import sys
+from dataclasses import replace
 from functools import partial
 
 from torchtitan.experiments.lighthouse.seams.context_parallel import support_ring_on_cpu
@@ -29,15 +30,18 @@ from lighthouse import (  # noqa: E402
 )
 
 #: Eight tiles of 256 entries, so that every chunk of four balanced ranks has one.
-CONFIG = LighthouseConfig(num_levels=3, pooling_factor=2, top_k=1024)
+PUBLISHED = LighthouseConfig(num_levels=3, pooling_factor=2, top_k=1024)
+WINDOWED = replace(PUBLISHED, selection="causal", local_window=256)
 SEQ_LEN, BATCH, HEADS, HEAD_DIM = 8192, 2, 4, 16
-#: Key/value heads, balanced layout, rotation: every pair of settings.
-CASES = [(4, True, "alltoall"), (4, False, "allgather"), (2, True, "allgather"), (2, False, "alltoall")]
+#: Key/value heads, balanced layout, rotation, and a window or none: every pair of settings.
+CASES = [
+    (4, True, "alltoall", PUBLISHED),
+    (4, False, "allgather", WINDOWED),
+    (2, True, "allgather", WINDOWED),
+    (2, False, "alltoall", PUBLISHED),
+]
 
 ANGLES = torch.arange(SEQ_LEN)[:, None] * 0.5 ** torch.arange(1, HEAD_DIM // 2 + 1)
-
-#: Positions at a chunk's start that the chunk before it writes to.
-HALO_REACH = CONFIG.pooling_factor ** (CONFIG.num_levels - 1) - 1
 
 
 def results(layer, query, key, value, grad):
@@ -78,9 +82,12 @@ def main() -> None:
     apply_cp_to_attention_module([ring], mesh, "sdpa")
 
     generator = torch.Generator().manual_seed(0)
-    for groups, balanced, rotation in CASES:
+    for groups, balanced, rotation, config in CASES:
         layout = "head-tail" if balanced else "contiguous"
-        where = f"{groups} key/value heads, {layout}, {rotation}, rank {dist.get_rank()}"
+        window = config.local_window
+        where = f"{groups} key/value heads, {layout}, {rotation}, window {window}, rank {dist.get_rank()}"
+        # Positions at a chunk's start that the chunk before it writes to, or that attend to it.
+        reach = max(config.pooling_factor ** (config.num_levels - 1), window) - 1
         set_rotate_method(rotation)
         query, key, value, grad = (
             torch.randn(BATCH, heads, SEQ_LEN, HEAD_DIM, generator=generator).to(device, dtype)
@@ -89,16 +96,16 @@ def main() -> None:
         inputs = (query, key, value, grad)
         own = [shard(rows, mesh, balanced) for rows in inputs]
         shards = SequenceShards(mesh.get_group(), load_balanced=balanced)
-        layer = ShardedLighthouseAttention(CONFIG, ring, shards)
+        layer = ShardedLighthouseAttention(config, ring, shards)
 
-        check_selection(query, key, own, shards, mesh, where)
+        check_selection(query, key, own, shards, config, where)
         # Grouped heads are also rotated after the gather, by angles that are sharded as the rows are.
         rotate = own_rotate = None
         if groups != HEADS:
             angles = ANGLES[None, None].to(device)
             rotate, own_rotate = (partial(turn, rows[0, 0]) for rows in (angles, shard(angles, mesh, balanced)))
         exact = [x.float() for x in inputs]
-        whole = partial(lighthouse_attention, config=CONFIG, rotate=rotate)
+        whole = partial(lighthouse_attention, config=config, rotate=rotate)
         expected = results(whole, *exact)
         one_device = results(partial(whole, attention=plain), *inputs)
         # Selected from rounded rows in both: float32 copies of them have the same norms.
@@ -108,7 +115,7 @@ def main() -> None:
             scale = want.abs().max()
             if dtype == torch.float32:
                 assert (got - want).abs().max() <= 1e-5 * scale, f"{where}: {name}"
-                borders = shards.stack((got - want).abs())[:, :, :HALO_REACH]
+                borders = shards.stack((got - want).abs())[:, :, :reach]
                 assert borders.max() <= 1e-5 * scale, f"{where}: {name} at the chunks' borders"
             else:
                 error, allowed = ((x.float() - want).norm() / want.norm() for x in (got, single))
@@ -119,12 +126,12 @@ def main() -> None:
         if dist.get_rank() == 0 and dtype != torch.float32:
             print(f"{where}: {name} off by {error:.2e}, one device by {allowed:.2e}", flush=True)
 
-        without = ShardedLighthouseAttention(CONFIG, ring, WithoutHalo(mesh.get_group(), load_balanced=balanced))
+        without = ShardedLighthouseAttention(config, ring, WithoutHalo(mesh.get_group(), load_balanced=balanced))
         out = results(partial(without, enable_gqa=groups != HEADS, rotate=own_rotate), *own)[0]
         missing = shards.stack((out.float() - shard(expected[0], mesh, balanced)).abs())
         starts = shards.starts_every == 1 and dist.get_rank() == 0  # this rank holds nothing but the sequence's start
-        assert starts or missing[:, :, :HALO_REACH].max() > 0.01, f"{where}: the test does not see the halo"
-        assert missing[:, :, HALO_REACH:].max() < (1e-4 if dtype == torch.float32 else 0.2), where
+        assert starts or missing[:, :, :reach].max() > 0.01, f"{where}: the test does not see the halo"
+        assert missing[:, :, reach:].max() < (1e-4 if dtype == torch.float32 else 0.2), where
     dist.destroy_process_group()
 
 
@@ -133,18 +140,18 @@ class WithoutHalo(SequenceShards):
         return torch.zeros_like(halo)
 
 
-def check_selection(query, key, own, shards, mesh, where):
+def check_selection(query, key, own, shards, config, where):
     """The rank's chunks select what one device selects in these chunks."""
-    whole = select(query, key, CONFIG)
+    whole = select(query, key, config)
     chunks = [shards.stack(rows) for rows in own[:2]]
-    local = select(*chunks, CONFIG.of_chunk(shards.num_chunks), starts_every=shards.starts_every)
+    local = select(*chunks, config.of_chunk(shards.num_chunks), starts_every=shards.starts_every)
     rank, size = dist.get_rank(), dist.get_world_size()
     held = (rank, 2 * size - 1 - rank) if shards.load_balanced else (rank,)
     share = whole.level.shape[-1] // shards.num_chunks
     for nth, chunk in enumerate(held):
         part = slice(chunk * share, (chunk + 1) * share)
         level = whole.level[..., part]
-        first = chunk * (SEQ_LEN // shards.num_chunks) // CONFIG.pooling_factor ** level.long()
+        first = chunk * (SEQ_LEN // shards.num_chunks) // config.pooling_factor ** level.long()
         assert torch.equal(local.level[nth :: shards.held], level), where
         assert torch.equal(local.index[nth :: shards.held] + first, whole.index[..., part]), where
 

@@ -14,7 +14,10 @@ from torchtitan.experiments.lighthouse.seams.context_parallel import OVERLAP
 from helpers.launch import losses, metrics, run, train
 
 #: Eight tiles, so that each of four ranks' two chunks has one.
-SPLIT = {"training__seq_len": "2048", "lighthouse__num_levels": "2", "lighthouse__top_k": "1024"}
+SPLIT = {
+    "training__seq_len": "2048", "lighthouse__num_levels": "2", "lighthouse__top_k": "1024",
+    "lighthouse__selection": "causal", "lighthouse__local_window": "128",
+}  # fmt: skip
 VALIDATED = {
     "validation__enable": None, "validation__dataset": "stdlib_validation", "validation__seq_len": "2048",
     "validation__local_batch_size": "1", "validation__steps": "2", "validation__freq": "100",
