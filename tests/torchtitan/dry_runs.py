@@ -18,7 +18,7 @@ BEFORE_THE_FIRST_STEP = [
     *("--comm.mode=fake_backend", "--training.steps=0", "--training.dataset=stdlib"),
     *("--checkpoint.no-enable", "--metrics.no-enable_tensorboard"),
 ]
-GPUS = {"1m_cp8_32gpus.toml": 32}
+GPUS = {"1m_cp8_32gpus.toml": 32, "1m_recommended.toml": 32}
 
 
 def start(name: str, outputs: Path) -> str:
