@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import sys
 import time
 import tomllib
@@ -15,6 +17,8 @@ from torchtitan.experiments.lighthouse.errors import Refused, as_refusal, exit_o
 from torchtitan.experiments.lighthouse.job_config import MergedConfig
 from torchtitan.experiments.lighthouse.settings_rules import check_settings
 
+#: Of Linux's prctl: the signal for this process when its parent is gone.
+PR_SET_PDEATHSIG = 1
 
 #: How long another rank waits for rank 0 to find the same and say so.
 SECONDS_FOR_RANK_0 = 20
@@ -40,6 +44,15 @@ class CheckedConfigManager(ConfigManager):
         return config
 
 
+def die_with_launcher() -> None:
+    """Have the kernel kill this process when torchrun is gone: it must not go on writing beside a restarted run.
+
+    Torchrun ends its processes itself, unless it was killed.
+    """
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def main(trainer: type[upstream.Trainer]) -> None:
     """Upstream's entry point. What is refused before there is a process group is the same on all ranks: one says it."""
 
@@ -50,6 +63,7 @@ def main(trainer: type[upstream.Trainer]) -> None:
             time.sleep(SECONDS_FOR_RANK_0)
         return silent
 
+    die_with_launcher()
     with exit_on_refusal("train", silent=another_says_it):
         as_module: Any = upstream
         as_module.ConfigManager = CheckedConfigManager  # its ``main`` makes one
