@@ -5,7 +5,7 @@ import textwrap
 
 import pytest
 from torchtitan.experiments.lighthouse import lighthouse_args
-from torchtitan.experiments.lighthouse.job_config import check_degrees, parse_layers
+from torchtitan.experiments.lighthouse.job_config import Lighthouse, check_degrees, parse_layers
 from torchtitan.experiments.lighthouse.runs.settings import build_model
 
 from helpers.settings import REPOSITORY, model_args, parse
@@ -101,6 +101,7 @@ def test_every_field_works_on_the_command_line():
     values = {
         "layers": "1,-2", "num_levels": 2, "pooling_factor": 2, "top_k": 256, "scorer": "gla", "dilation": 8,
         "rope": "after_gather", "cover_start": False, "selection": "causal", "local_window": 512, "backend": "torch",
+        "dense_every": 8,
     }  # fmt: skip
     flags = [
         word
@@ -113,11 +114,24 @@ def test_every_field_works_on_the_command_line():
     section = parse("debug.toml", *flags, "--lighthouse.enable").lighthouse
     assert {name: getattr(section, name) for name in values} == values
     config = section.attention_config()
-    of_model = ("layers", "rope")  # the rest are the library's
+    of_model = ("layers", "rope", "dense_every")  # the rest are the library's
     assert {name: getattr(config, name) for name in values if name not in of_model} == {
         name: value for name, value in values.items() if name not in of_model
     }
     assert parse("530m_stage1.toml", "--lighthouse.top_k", "2048").lighthouse.top_k == 2048
+
+
+@pytest.mark.parametrize("value", [1, -1, 2.5, True])
+def test_dense_every_counts_steps(value):
+    message = f"dense_every={value}: must be 0 .* or an integer of at least 2 .*; nearest valid values: 0 or 2$"
+    with pytest.raises(ValueError, match=message):
+        Lighthouse(dense_every=value)
+
+
+def test_dense_steps_are_the_multiples():
+    every = Lighthouse(enable=True, dense_every=4)
+    assert [step for step in range(1, 14) if every.is_dense_step(step)] == [4, 8, 12]
+    assert not any(Lighthouse(enable=on, dense_every=n).is_dense_step(8) for on, n in ((True, 0), (False, 4)))
 
 
 CP2 = ["--parallelism.context_parallel_degree", "2"]
@@ -215,6 +229,7 @@ def test_flops_count_what_each_layer_attends():
     per_key = 6 * 8 * 256  # heads, and query-key plus value dimensions
     assert dense - stage1 == round(26 * per_key * (98304 - 18432**2 / 98304))
     assert flops("--lighthouse.layers", "5") - stage1 == round(25 * per_key * (98304 - 18432**2 / 98304))
+    assert flops("--lighthouse.dense_every", "8") == pytest.approx(stage1 + (dense - stage1) / 8, rel=1e-9)
     dilated = flops("--lighthouse.scorer", "dilated")
     assert dilated - stage1 == 26 * 4 * 8 * 256 * 98304 // 4  # two forward passes over N/δ keys
     assert stage1 < flops("--lighthouse.scorer", "gla") < dilated < dense

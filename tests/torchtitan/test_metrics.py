@@ -6,8 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 from torchtitan.components.metrics import MetricsProcessor
-from torchtitan.experiments.lighthouse.metrics import JsonlLogger, Progress, in_words, wandb_environment
-from torchtitan.experiments.lighthouse.runs.records import read_metrics
+from torchtitan.experiments.lighthouse.metrics import (
+    JsonlLogger,
+    LighthouseMetricsProcessor,
+    Progress,
+    in_words,
+    wandb_environment,
+)
+from torchtitan.experiments.lighthouse.runs.records import read_metrics, usual_rate
 from torchtitan.experiments.lighthouse.seams.metrics import step_line
 from torchtitan.tools.utils import Color, NoColor
 
@@ -36,6 +42,38 @@ def test_one_line_a_step_with_everything_in_it(tmp_path):
     }  # fmt: skip
     assert validation["validation_loss"] == 2.5 and "loss" not in validation
     logger.close()
+
+
+def test_a_line_says_how_many_dense_steps_its_rate_is_of(tmp_path, monkeypatch):
+    """Since the line before it, validation's too: the clock begins anew there."""
+    lines = JsonlLogger(tmp_path / "metrics.jsonl", "stage1")
+    monkeypatch.setattr(MetricsProcessor, "log", lambda self, step, *_: lines.log(train_line(3.0) | _[-1], step))
+    monkeypatch.setattr(MetricsProcessor, "log_validation", lambda *_: None)
+    processor = LighthouseMetricsProcessor.__new__(LighthouseMetricsProcessor)
+    processor.parallel_dims, processor._progress = SimpleNamespace(cp=1), Progress("stage1", 24)
+    processor.dense_steps = 0
+    for every in ("4", "0"):
+        processor.job_config = parse("debug.toml", "--lighthouse.dense_every", every)
+        for step in range(1, 25):
+            processor.dense_steps += processor.job_config.lighthouse.is_dense_step(step)
+            if step % 10 == 0 or step == 24:
+                processor.log(step, 3.0, 3.0, 1.0, {"n_tokens_seen": 1})
+            if step == 17:
+                processor.log_validation(2.0, step)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    dense = [(record["step"], record.get("dense"), record.get("dense_steps")) for record in records]
+    assert dense[:3] == [(10, False, 2), (20, True, 1), (24, True, 1)]
+    assert dense[3:] == [(10, None, None), (20, None, None), (24, None, None)]
+
+
+def test_the_usual_rate_sees_dense_steps():
+    """Seven steps of a second and one of three are eight of 1.25; medians, of each kind."""
+    plain = [{"tokens_per_second": rate} for rate in (1.0, *[49.0] * 5)]  # the first one compiled
+    assert usual_rate(plain) == 49
+    mixed = [{"tokens_per_second": 30.0, "dense_steps": 0}] * 21 + [{"tokens_per_second": 10.0, "dense_steps": 1}] * 3
+    assert usual_rate(mixed) == pytest.approx(30 / 1.25)
+    mixed[0] = mixed[-1] = {"tokens_per_second": 0.1, "dense_steps": 1}
+    assert usual_rate([*mixed, *mixed[21:23]]) == pytest.approx(26 / (20 / 30 + 6 / 10))
 
 
 def test_a_resumed_run_appends_and_its_clock_goes_on(tmp_path):

@@ -429,6 +429,8 @@ def test_the_trainer_holds_stage_2_to_the_same_contract(copy, monkeypatch):
     check("--lighthouse.enable", "--training.seq_len=512", "--training.local_batch_size=2")
     with pytest.raises(Refused, match="Stage 1 has 1,024 tokens per step"):
         check("--training.seq_len=512")
+    for kind in ("--lighthouse.enable", "--lighthouse.no-enable"):  # a stage may have dense steps of its own
+        check(kind, "--lighthouse.dense_every=8")
     with pytest.raises(Refused, match="would be Stage 1 again, through Lighthouse at 1,024 tokens"):
         check("--lighthouse.enable")
     check("--lighthouse.enable", "--lighthouse.layers=1-3")

@@ -54,11 +54,12 @@ def test_gradient_accumulation_equals_a_larger_batch(baseline, tmp_path):
 
 
 def test_fsdp_trains_validates_and_resumes(tmp_path):
-    """Two ranks, with activation checkpointing, compilation and deterministic mode: stopped and resumed, equal to the
-    bit to a run that was not."""
+    """Two ranks, with activation checkpointing, compilation, deterministic mode and dense steps: stopped and resumed,
+    equal to the bit to a run that was not."""
     settings = {
         "activation_checkpoint__mode": "selective", "activation_checkpoint__selective_ac_option": "op",
         "compile__enable": None, "compile__backend": "aot_eager", "debug__deterministic": None,
+        "lighthouse__dense_every": "3",
         "validation__enable": None, "validation__dataset": "stdlib_validation", "validation__seq_len": "1024",
         "validation__local_batch_size": "1", "validation__steps": "2", "validation__freq": "2",
     }  # fmt: skip
@@ -73,6 +74,27 @@ def test_fsdp_trains_validates_and_resumes(tmp_path):
     ours, theirs = (load_checkpoint(run / "checkpoint/step-4", tmp_path / f"all-{run.name}") for run in (parts, whole))
     assert_same_training_state(ours, theirs)
     assert_same_position(ours, theirs, 2)
+
+
+def test_every_second_step_is_dense(tmp_path):
+    """Counted from the start of the run, wherever it stopped. To the bit the step that a dense run makes from the same
+    checkpoint; validation after it is through Lighthouse. Two micro-batches a step."""
+    settings = {
+        "training__global_batch_size": "2", "validation__enable": None, "validation__dataset": "stdlib_validation",
+        "validation__seq_len": "1024", "validation__local_batch_size": "1", "validation__steps": "1",
+        "validation__freq": "1",
+    }  # fmt: skip
+    mixed, switched = tmp_path / "mixed", tmp_path / "switched"
+    for last in ("1", "3"):
+        train(mixed, training__steps=last, **settings, lighthouse__dense_every="2")
+    train(switched, training__steps="1", **settings)
+    train(switched, training__steps="2", **settings, lighthouse__no_enable=None)
+    ours, theirs = ([r for r in metrics(run) if "loss" in r] for run in (mixed, switched))
+    assert [(r["loss"], r["grad_norm"]) for r in ours[:2]] == [(r["loss"], r["grad_norm"]) for r in theirs]
+    assert [(r["dense"], r["dense_steps"]) for r in ours] == [(False, 0), (True, 1), (False, 0)]
+    assert not any("dense" in record for record in theirs)
+    ours, theirs = ([r["validation_loss"] for r in metrics(run) if "validation_loss" in r] for run in (mixed, switched))
+    assert ours[0] == theirs[0] and ours[1] != theirs[1]  # each the first of its process, on the same text
 
 
 @pytest.mark.parametrize(("nproc", "log_freq"), [(1, 1), (2, 1), (1, 100)])

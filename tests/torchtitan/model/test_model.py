@@ -1,9 +1,10 @@
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.tensor import DTensor
 from torchtitan.distributed import ParallelDims
 from torchtitan.experiments.lighthouse import parallelize_lighthouse
-from torchtitan.experiments.lighthouse.model.model import rotate
+from torchtitan.experiments.lighthouse.model.model import dense_attention, rotate
 from torchtitan.experiments.lighthouse.seams.cpu import use_cpu_without_accelerator
 from torchtitan.models.llama3 import Transformer
 from torchtitan.models.llama3.model.model import apply_rotary_emb, precompute_freqs_cis
@@ -99,6 +100,68 @@ def test_checkpointing_and_compilation_change_nothing(overrides, one_process):
     for got, want in zip(logits_and_gradients(model), logits_and_gradients(plain), strict=True):
         got = got.full_tensor() if isinstance(got, DTensor) else got
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def train_as(model):
+    """Logits and gradients of a step; the next one begins anew."""
+    found = logits_and_gradients(model)
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("rope", ["before_pool", "after_gather"])
+def test_a_dense_step_is_the_dense_model_and_other_steps_are_lighthouse(rope):
+    """Logits and every gradient, to the bit, and so again after each other."""
+    rotated = ["--lighthouse.rope", rope]
+    model, dense, lighthouse = (
+        build(*rotated, *words)[0] for words in ([], ["--lighthouse.no-enable"], ["--lighthouse.dense_every", "0"])
+    )
+    wanted = {"dense": train_as(dense), "lighthouse": train_as(lighthouse)}
+    assert not torch.equal(wanted["dense"][0], wanted["lighthouse"][0])
+    for kind in ("lighthouse", "dense", "lighthouse", "dense"):
+        with dense_attention([model] if kind == "dense" else []):
+            found = train_as(model)
+        assert all(map(torch.equal, found, wanted[kind])), kind
+
+
+def test_a_dense_step_that_fails_leaves_lighthouse_on():
+    model, _ = build()
+    before = [block.attention.through_lighthouse for block in model.layers.values()]
+    with pytest.raises(KeyError), dense_attention([model]):
+        assert not any(block.attention.through_lighthouse for block in model.layers.values())
+        raise KeyError
+    assert [block.attention.through_lighthouse for block in model.layers.values()] == before
+    assert before == [False, False, True, True, False, False]
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_dense_steps_compile_nothing_of_their_own(checkpointing, one_process):
+    """Two versions of a block, whatever the order of steps: a dense step's is that of the layers that stay dense."""
+    torch._dynamo.reset()
+    words = ["--compile.enable", "--training.mixed_precision_param", "float32"]
+    model, config = build(*words, "--activation_checkpoint.mode", checkpointing)
+    dense, _ = build("--lighthouse.no-enable")
+    config.compile.backend = compiled = CompileCounterWithBackend("aot_eager")
+    dims = ParallelDims(dp_replicate=1, dp_shard=1, cp=1, tp=1, pp=1, ep=1, etp=1, world_size=1)
+    model = parallelize_lighthouse(model, dims, config)
+    for models in ([], [model], [model], [], [model]):
+        with dense_attention(models):
+            found = train_as(model)
+        assert compiled.frame_count == 2
+    for got, want in zip(found, train_as(dense), strict=True):  # the last one was dense
+        got = got.full_tensor() if isinstance(got, DTensor) else got
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_trainer_without_dense_steps_does_not_ignore_the_setting():
+    """Upstream's own entry point, for example. Evaluation needs no steps."""
+    model, _ = build("--lighthouse.dense_every", "8")
+    with pytest.raises(RuntimeError, match=r"dense_every=8: this trainer knows no dense steps; .*dense_every=0"):
+        model(tokens())
+    model.eval()(tokens())
+    model.train().trainer_runs_dense_steps = True
+    model(tokens())
+    build("--lighthouse.dense_every", "8", "--lighthouse.no-enable")[0](tokens())
 
 
 @pytest.fixture

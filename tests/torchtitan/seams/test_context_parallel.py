@@ -39,11 +39,12 @@ def test_a_layer_equals_one_device(world_size):
 def test_a_whole_run_equals_one_device(tmp_path):
     """Same weights and data at 1, 2 and 4 ranks a sequence: the same losses, validation's too.
 
-    Two ranks compiled, with selective checkpointing, stopped and resumed; four with the ring.
+    Two ranks compiled, with selective checkpointing, stopped and resumed; four with the ring. The second step is dense.
     """
     seed = tmp_path / "seed"  # random numbers on CPU depend on the layout, so all start from one checkpoint
     train(seed, **SPLIT, checkpoint__create_seed_checkpoint=None)
     common = SPLIT | VALIDATED | {"checkpoint__initial_load_path": str(seed / "checkpoint/step-0")}
+    common |= {"lighthouse__dense_every": "2"}
     two = common | {
         "parallelism__context_parallel_degree": "2", "compile__enable": None, "compile__backend": "aot_eager",
         "activation_checkpoint__mode": "selective", "activation_checkpoint__selective_ac_option": "op",

@@ -33,6 +33,12 @@ class Lighthouse(LighthouseConfig):
     the selected entries, each at its last position (scorer "norm" only). Dense layers do not differ.
     """
 
+    dense_every: int = 0
+    """
+    Every so many steps of the run, one runs dense attention in all layers; 0, as published: none does. Steps are
+    numbered as in the log, from the start of the chain of stages. Without effect where ``enable`` is off.
+    """
+
     stage1_checkpoint: str = ""
     """
     The checkpoint of the stage before, which this run continues; written by scripts/resume_dense.py, not by hand
@@ -40,6 +46,19 @@ class Lighthouse(LighthouseConfig):
 
     stage: int = 0
     """Which stage of its chain this run is, 0 where nothing says so; written by scripts/resume_dense.py, not by hand"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        every = self.dense_every
+        if isinstance(every, bool) or not isinstance(every, int) or every < 0 or every == 1:
+            raise ValueError(
+                f"dense_every={every!r}: must be 0 (no step is dense) or an integer of at least 2 (every step dense is "
+                "enable=false); nearest valid values: 0 or 2"
+            )
+
+    def is_dense_step(self, step: int) -> bool:
+        """Whether ``dense_every`` makes this step of a run through Lighthouse a dense one."""
+        return self.enable and self.dense_every > 0 and step % self.dense_every == 0
 
     def attention_config(self) -> LighthouseConfig:
         """The library's part."""

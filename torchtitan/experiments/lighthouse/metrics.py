@@ -9,7 +9,7 @@ import secrets
 import time
 from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torchtitan.components.metrics import BaseLogger, LoggerContainer, MetricsProcessor
 from torchtitan.distributed import ParallelDims
@@ -34,6 +34,8 @@ _TRAIN_FIELDS = {
     "mfu(%)": "mfu_percent",
     "memory/max_active(GiB)": "memory_active_gib",
     "memory/max_reserved(GiB)": "memory_gib",
+    "dense": "dense",
+    "dense_steps": "dense_steps",
 }
 _VALIDATION_FIELDS = {
     "validation_metrics/loss": "validation_loss",
@@ -50,6 +52,10 @@ class JsonlLogger(BaseLogger):
     wall_clock_s (seconds this run has been up, over all its starts). Validation writes lines of its own, with
     validation_loss. After a crash the steps since the last checkpoint are logged again: ``read_metrics`` keeps the
     later line.
+
+    Where ``lighthouse.dense_every`` is set, a line also says whether this step, whose loss it holds, was ``dense``, and
+    how many ``dense_steps`` there were since the last line: tokens_per_second is that of all steps since then, and
+    mfu_percent counts the mean operations of a step.
     """
 
     def __init__(self, path: Path, stage: str) -> None:
@@ -146,6 +152,8 @@ class LighthouseMetricsProcessor(MetricsProcessor):
         super().__init__(job_config, parallel_dims, tag)
         print_colours_to_terminals_only(self)
         self._progress = Progress(stage_of(job_config), job_config.training.steps)
+        #: Since the last line; the trainer counts.
+        self.dense_steps = 0
         if logs:
             loggers = LoggerContainer()
             loggers.add_logger(self.logger)
@@ -164,8 +172,17 @@ class LighthouseMetricsProcessor(MetricsProcessor):
         """Upstream's, with tokens counted once (it adds up every rank of a sequence that is split) and the progress."""
         if extra_metrics and "n_tokens_seen" in extra_metrics:
             extra_metrics["n_tokens_seen"] //= self.parallel_dims.cp
+        section = cast(MergedConfig, self.job_config).lighthouse
+        if section.enable and section.dense_every:
+            dense = {"dense": section.is_dense_step(step), "dense_steps": self.dense_steps}
+            extra_metrics = (extra_metrics or {}) | dense
         with step_line(self._progress.after(step, time.monotonic())):
             super().log(step, global_avg_loss, global_max_loss, grad_norm, extra_metrics)
+        self.dense_steps = 0
+
+    def log_validation(self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None) -> None:
+        super().log_validation(loss, step, extra_metrics)
+        self.dense_steps = 0  # the next line's rate begins here
 
 
 def build_metrics_processor(

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, groupby, pairwise
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -80,8 +80,10 @@ class Experiment:
 
     @property
     def tokens_per_second(self) -> float:
-        """Median per device, so that compilation, validation and checkpoints do not count."""
-        return median(record["tokens_per_second"] for record in self.records)
+        """Per device, as ``usual_rate``."""
+        from torchtitan.experiments.lighthouse.runs.records import usual_rate
+
+        return usual_rate(self.records)
 
     @property
     def tokens(self) -> list[float]:

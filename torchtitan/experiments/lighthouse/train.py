@@ -11,14 +11,17 @@ use_cpu_without_accelerator()
 
 import math
 import os
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torchtitan.experiments.lighthouse.train_spec  # noqa: F401  registers the model
 from torch import Tensor
 from torchtitan.experiments.lighthouse.job_config import check_degrees
 from torchtitan.experiments.lighthouse.loss import Processed, with_labels
+from torchtitan.experiments.lighthouse.metrics import LighthouseMetricsProcessor
+from torchtitan.experiments.lighthouse.model.model import LighthouseTransformer, dense_attention
 from torchtitan.experiments.lighthouse.runs import contract
 from torchtitan.experiments.lighthouse.runs.checkpoints import complete_checkpoints_in
 from torchtitan.experiments.lighthouse.runs.records import number_of, stage_of
@@ -41,6 +44,13 @@ class LighthouseTrainer(seam.HookedTrainer):
         starts = not complete_checkpoints_in(Path(self._checkpoint_folder()))
         if origin and starts and Path(origin).is_dir():
             contract.check_continuation(contract.find_stage_before(Path(origin)), self.job_config, world_size)
+
+    def around_step(self) -> AbstractContextManager[None]:
+        """Dense attention in all layers, in the steps that ``lighthouse.dense_every`` names."""
+        if not self.job_config.lighthouse.is_dense_step(self.step):
+            return nullcontext()
+        cast(LighthouseMetricsProcessor, self.metrics_processor).dense_steps += 1
+        return dense_attention(self.model_parts)
 
     def post_dataloading_process(self, *args: Any) -> Processed:
         return with_labels(super().post_dataloading_process(*args), self.parallel_dims)
@@ -81,6 +91,8 @@ class LighthouseTrainer(seam.HookedTrainer):
             )
 
     def check_loaded(self) -> None:
+        for part in cast(list[LighthouseTransformer], self.model_parts):
+            part.trainer_runs_dense_steps = True
         if self.step == 0 and self.job_config.lighthouse.stage1_checkpoint:
             contract.refuse_unloaded(self.job_config, self._checkpoint_folder())
 
@@ -113,6 +125,8 @@ class LighthouseTrainer(seam.HookedTrainer):
             f"({config.lighthouse.layers}), {geometry.selected_length(seq_len):,} of {seq_len:,} rows per sequence: "
             f"{geometry}"
         )
+        if every := config.lighthouse.dense_every:
+            logger.info(f"dense in all layers every {every} steps")
 
     def _checkpoint_folder(self) -> str:
         return os.path.join(self.job_config.job.dump_folder, self.job_config.checkpoint.folder)

@@ -50,6 +50,9 @@ class LighthouseModelArgs(TransformerModelArgs):
     lighthouse_rope: str = "before_pool"
     """Where those layers apply the rotary embedding, as in the [lighthouse] section"""
 
+    dense_every: int = 0
+    """Every so many training steps, one is dense in all layers, if the trainer says so; 0: none"""
+
     def update_from_config(self, job_config: JobConfig, **kwargs: Any) -> None:
         """Take the sequence length and the [lighthouse] section, refusing what cannot run before anything is built.
 
@@ -64,7 +67,7 @@ class LighthouseModelArgs(TransformerModelArgs):
                 "the configuration has no [lighthouse] section: set custom_config_module = "
                 '"torchtitan.experiments.lighthouse.job_config" under [job]'
             )
-        self.lighthouse, self.lighthouse_layers = None, ()
+        self.lighthouse, self.lighthouse_layers, self.dense_every = None, (), 0
         num_chunks = context_parallel_chunks(job_config)
         seq_len, parallelism, validation = job_config.training.seq_len, job_config.parallelism, job_config.validation
         if validation.enable and validation.seq_len > seq_len:
@@ -102,14 +105,14 @@ class LighthouseModelArgs(TransformerModelArgs):
             except ValueError as error:
                 raise ValueError(f"validation.seq_len: {error}") from error
         self.lighthouse_layers = parse_layers(section.layers, self.n_layers)
-        self.lighthouse, self.lighthouse_rope = config, section.rope
+        self.lighthouse, self.lighthouse_rope, self.dense_every = config, section.rope, section.dense_every
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
         """Parameters, and floating-point operations per token (forward and backward, matrix products only).
 
         Upstream's figure counts N keys per query in every layer. A Lighthouse layer runs its S queries on S keys:
         S²/N per token of the sequence. A local window adds its W keys per query, scorers that run an attention of
-        their own its forward.
+        their own its forward. With ``dense_every`` it is the mean over the steps.
         """
         head_dims = 2 * (self.dim // self.n_heads)
         nparams, flops = get_dense_model_nparams_and_flops(self, model, head_dims, seq_len)
@@ -119,7 +122,8 @@ class LighthouseModelArgs(TransformerModelArgs):
             keys = self.lighthouse.selected_length(seq_len) ** 2 / seq_len + self.lighthouse.local_window
             # Two forward passes, two operations per product.
             scored = 2 * 2 * attention * self._scorer_keys(self.lighthouse, seq_len)
-            flops += len(self.lighthouse_layers) * round(6 * attention * keys + scored - dense)
+            share = 1 - 1 / self.dense_every if self.dense_every else 1  # of the steps
+            flops += len(self.lighthouse_layers) * round(share * (6 * attention * keys + scored - dense))
         return nparams, flops
 
     def _scorer_keys(self, config: LighthouseConfig, seq_len: int) -> int:

@@ -5,12 +5,13 @@ embedding in real arithmetic, which the compiler fuses (complex arithmetic it do
 the loss chunk by chunk.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchtitan.experiments.lighthouse.loss import OutputProjection
 from torchtitan.experiments.lighthouse.model.args import LighthouseModelArgs
 from torchtitan.models.llama3 import Transformer
@@ -25,6 +26,8 @@ class LighthouseTransformer(Transformer):
 
     model_args: LighthouseModelArgs
     output: OutputProjection
+    #: Whether a trainer enters ``dense_attention`` where ``dense_every`` asks for it. Upstream's own does not.
+    trainer_runs_dense_steps = False
 
     def __init__(self, model_args: LighthouseModelArgs) -> None:
         super().__init__(model_args)
@@ -34,6 +37,7 @@ class LighthouseTransformer(Transformer):
             attention = cast(LighthouseLlamaAttention, self.layers[str(layer)].attention)
             config = cast(LighthouseConfig, model_args.lighthouse)  # where there are such layers
             attention.lighthouse = LighthouseAttention(config, attention.inner_attention)
+            attention.through_lighthouse = True
         self.output = OutputProjection(model_args.dim, model_args.vocab_size)
 
     def forward(
@@ -44,9 +48,18 @@ class LighthouseTransformer(Transformer):
         labels: Tensor | None = None,
     ) -> Tensor:
         """Tokens [B, N] to logits [B, N, V] as upstream, or, with labels [B, N], to the summed loss, a scalar."""
+        self._refuse_to_ignore_dense_every()
         if labels is None:
             return super().forward(tokens, attention_masks, positions)
         return self.output(self.norm(self.hidden_states(tokens, attention_masks, positions)), labels)
+
+    def _refuse_to_ignore_dense_every(self) -> None:
+        every = self.model_args.dense_every
+        if every and self.training and not self.trainer_runs_dense_steps:
+            raise RuntimeError(
+                f"dense_every={every}: this trainer knows no dense steps; start the run with "
+                "-m torchtitan.experiments.lighthouse.train, or set lighthouse.dense_every=0"
+            )
 
     def hidden_states(
         self,
@@ -66,11 +79,15 @@ class LighthouseLlamaAttention(Attention):
 
     ``inner_attention`` stays upstream's module, the one that context parallelism turns into ring attention;
     ``lighthouse`` calls it. The rotary embedding is the one that ``rotate`` computes, in every layer.
+
+    ``through_lighthouse`` is off in dense layers, and in a dense step in all layers. It alone decides, so that the
+    compiler makes two versions, and the layers of a dense step are what the dense layers always are.
     """
 
     def __init__(self, model_args: LighthouseModelArgs) -> None:
         super().__init__(model_args)
         self.lighthouse: LighthouseAttention | None = None
+        self.through_lighthouse = False
         self.rope = model_args.lighthouse_rope
 
     def forward(
@@ -86,14 +103,31 @@ class LighthouseLlamaAttention(Attention):
         query, key, value = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         angles = torch.view_as_real(freqs_cis)
         angles = angles[None, : x.shape[1]] if positions is None else angles[positions]
-        attend: Callable[..., Tensor] = self.inner_attention if self.lighthouse is None else self.lighthouse
-        if self.lighthouse is not None and self.rope == "after_gather":
+        attend: Callable[..., Tensor] = self.inner_attention
+        if self.through_lighthouse:
+            attend = cast(LighthouseAttention, self.lighthouse)
+        if self.through_lighthouse and self.rope == "after_gather":
             attend = partial(attend, rotate=partial(rotate_at, angles))
         else:
             query, key = (rotate(rows, angles[:, :, None]) for rows in (query, key))
         heads = (rows.transpose(1, 2) for rows in (query, key, value))
         out = attend(*heads, enable_gqa=self.enable_gqa)
         return self.wo(out.transpose(1, 2).flatten(2))
+
+
+@contextmanager
+def dense_attention(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Meanwhile, every layer of these models, or parts of one, runs dense attention."""
+    modules = (module for model in models for module in model.modules())
+    attentions = (module for module in modules if isinstance(module, LighthouseLlamaAttention))
+    routed = [attention for attention in attentions if attention.through_lighthouse]
+    for attention in routed:
+        attention.through_lighthouse = False
+    try:
+        yield
+    finally:
+        for attention in routed:
+            attention.through_lighthouse = True
 
 
 def rotate(rows: Tensor, angles: Tensor) -> Tensor:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, harmonic_mean, median
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -56,6 +56,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except (ValueError, TypeError, KeyError):
             continue
     return [records[key] for key in sorted(records)]
+
+
+def usual_rate(records: Iterable[Mapping[str, Any]]) -> float:
+    """Tokens per second of training records: the median, so that compilation, validation and checkpoints do not count.
+
+    Some of the steps may be dense ones (``lighthouse.dense_every``), which a median would not see. Then it is the rate
+    of as many steps as there are, each at the median of its kind: of the lines with as many dense steps.
+    """
+    kinds: dict[int, list[float]] = {}
+    for record in records:
+        kinds.setdefault(record.get("dense_steps", 0), []).append(record["tokens_per_second"])
+    medians = [median(rates) for rates in kinds.values()]
+    return medians[0] if len(kinds) == 1 else harmonic_mean(medians, [len(rates) for rates in kinds.values()])
 
 
 def mean_loss(losses: Mapping[int, float], step: int, window: int, after: int = 0) -> float:

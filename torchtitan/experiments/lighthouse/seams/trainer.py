@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -47,6 +47,10 @@ class HookedTrainer(upstream.Trainer):
     def log_start(self) -> None:
         """After ``check_loaded``."""
 
+    def around_step(self) -> AbstractContextManager[None]:
+        """Entered before the first micro-batch of ``step``, left after its update; validation is outside."""
+        return nullcontext()
+
     def check_before_optimizer_step(self) -> None:
         """Gradients are there and clipped; ``step_losses`` holds the losses of the step's micro-batches."""
 
@@ -65,6 +69,10 @@ class HookedTrainer(upstream.Trainer):
             self.maybe_enable_amp = nullcontext()
             if job_config.validation.enable:
                 self.validator.maybe_enable_amp = self.maybe_enable_amp
+
+    def train_step(self, data_iterator: Iterator[Batch]) -> None:
+        with self.around_step():
+            super().train_step(data_iterator)
 
     def forward_backward_step(self, **kwargs: Any) -> Tensor:
         loss = super().forward_backward_step(**kwargs)
