@@ -13,11 +13,13 @@ MEASURE. Every arm trains on the same text in the same order, with as many token
 planted in them (recall.py), one sequence per step. A stage with a shorter context has more sequences per step. Each
 sequence takes its last label too, so twelve short ones take 11 tokens more of the text than one long one, and the long
 ones of a later stage begin so much further on (6,600 tokens after 600 steps). *Seconds* are steps times tokens per step
-over the median tokens/s that the stage logged: no start-up, compilation, validation or checkpoint. *Held out* is the
-dense loss on twelve pieces of held-out books with their own facts, every sixteenth of the steps, in dense stages of the
-full context only. *Spike* is the training loss of the first step of the first dense stage that continues another, minus
-the mean of the last 50 steps before it. After the last stage, dense, on 36 held-out pieces: loss by position, recall
-by distance. Reported: the gap to dense of the same seed at equal tokens and at equal seconds (its curve interpolated),
+over the median tokens/s that the stage logged: no start-up, compilation, validation or checkpoint. A stage in which
+every eighth step is dense logs every step, and its seconds are those of both kinds: the number of Lighthouse steps at
+their median, and that of dense ones at theirs. *Held out* is the dense loss on twelve pieces of held-out books with
+their own facts, every sixteenth of the steps, in dense stages of the full context only. *Spike* is the training loss of
+the first step of the first dense stage that follows one through Lighthouse, minus the mean of the last 50 steps before
+it (dense ones among them left out). After the last stage, dense, on 36 held-out pieces: loss by position, recall by
+distance. Reported: the gap to dense of the same seed at equal tokens and at equal seconds (its curve interpolated),
 seconds until dense's final loss. "dense, again" is the noise of one arm run twice.
 
 ``prepare`` writes OUTPUT/text, which can be carried to another machine (25 MB); ``run`` plants, shuffles by the seed,
@@ -42,82 +44,23 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import accumulate
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
 import recall
+from time_to_loss_arms import ARMS, PARTS, Arm, Stage
 from time_to_loss_report import report
 from torchtitan.experiments.lighthouse.runs import launch
 from torchtitan.experiments.lighthouse.runs.checkpoints import checkpoints_in, complete_checkpoints_in, step_of
-from torchtitan.experiments.lighthouse.runs.records import METRICS_FILE, read_metrics
+from torchtitan.experiments.lighthouse.runs.records import METRICS_FILE, read_metrics, usual_rate
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "studies/results/time_to_loss"
-PARTS = 16
 
 #: Held-out pieces that are scored after the last stage, and those of the curve.
 SCORED, CURVE = 36, 12
 #: Steps before the switch that the spike is measured from.
 BEFORE_SWITCH = 50
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A part of an arm's steps."""
-
-    name: str
-    """Names its folder: the same name, the same settings"""
-    parts: int
-    """Sixteenths of the steps"""
-    lighthouse: tuple[str, ...] | None = None
-    """Trainer settings of the Lighthouse layers; None: dense"""
-    context: int | None = None
-    """Tokens per sequence; None: the study's"""
-
-
-@dataclass(frozen=True)
-class Arm:
-    name: str
-    stages: tuple[Stage, ...]
-
-    def cannot_run(self, seq_len: int) -> str | None:
-        """Why this chain has no place in a study of ``seq_len`` tokens per sequence, and so per step."""
-        for stage in self.stages:
-            if stage.context is not None and seq_len % stage.context:
-                return f"stage {stage.name!r} has {stage.context:,} tokens per sequence, which must divide {seq_len:,}"
-        if self.stages[-1].lighthouse is not None or self.stages[-1].context not in (None, seq_len):
-            return f"its last stage must be dense at {seq_len:,} tokens, as its held-out loss is"
-        return None
-
-
-def two_stages(name: str, parts: int, *lighthouse: str) -> tuple[Stage, ...]:
-    return Stage(name, parts, lighthouse), Stage("dense", PARTS - parts)
-
-
-DELAYED, CAUSAL = "--lighthouse.selection=delayed", "--lighthouse.selection=causal"
-LOCAL = "--lighthouse.local_window="
-ARMS = [
-    Arm("dense", (Stage("dense", PARTS),)),
-    Arm("published 10:6", two_stages("published", 10)),
-    Arm("published 12:4", two_stages("published", 12)),
-    Arm("published 14:2", two_stages("published", 14)),
-    Arm("delayed 10:6", two_stages("delayed", 10, DELAYED)),
-    Arm("delayed 14:2", two_stages("delayed", 14, DELAYED)),
-    *(
-        Arm(
-            f"causal W{window} {parts}:{PARTS - parts}",
-            two_stages(f"causal-w{window}", parts, CAUSAL, f"{LOCAL}{window}"),
-        )
-        for window, splits in ((512, (10, 12, 14, 15)), (128, (14,)), (1024, (14,)))
-        for parts in splits
-    ),
-    Arm("published layers 3-6 10:6", two_stages("layers-3-6", 10, "--lighthouse.layers=3-6")),
-    Arm("k1024 10:6", two_stages("k1024", 10, "--lighthouse.top_k=1024")),
-    Arm("k2048 10:6", two_stages("k2048", 10, "--lighthouse.top_k=2048")),
-    Arm("short 8192 then long", (Stage("short", 10, context=8192), Stage("dense", 6))),
-    Arm("short, Lighthouse, dense", (Stage("short", 4, context=8192), Stage("published", 8, ()), Stage("dense", 4))),
-    Arm("dense, again", (Stage("dense-again", PARTS),)),
-]
 
 
 @dataclass(frozen=True)
@@ -171,13 +114,13 @@ def runs_of(arm: Arm, options: argparse.Namespace) -> list[Run]:
             words = [f"--attention={attention}", f"--seq-len={context}", f"--total-steps={last}"]
             # It would be taken over from the stage before.
             scored = validate if is_scored else ["--validation.no-enable"]
-            changes = [*(stage.lighthouse or ()), *scored, *options.overrides]
+            changes = [*stage.settings, *scored, *options.overrides]
             command = launch.resume_dense_command(start, folder, launch.one_node(1), changes, *words)
         else:
             settings = ["--job.config_file", str(options.config), f"--job.dump_folder={folder}"]
             settings += [f"--training.steps={last}", *common, f"--training.seq_len={context}"]
             settings += [f"--training.local_batch_size={options.seq_len // context}"]
-            settings += ["--lighthouse.no-enable"] if stage.lighthouse is None else stage.lighthouse
+            settings += ["--lighthouse.no-enable"] if stage.lighthouse is None else stage.settings
             command = launch.trainer_command(
                 launch.one_node(1), [*settings, *(validate if is_scored else ()), *options.overrides]
             )
@@ -257,23 +200,25 @@ def result_of(arm: Arm, runs: list[Run], score: dict[str, Any], options: argpars
     """What is kept of an arm, from its runs' metrics and its score."""
     stages: list[dict[str, Any]] = []
     curve: list[list[float]] = []
-    seconds, before, spike = 0.0, None, None
+    seconds, before, spike = 0.0, None, None  # before: the mean loss before a switch, where it was through Lighthouse
     for one in runs:
         records = [r for r in read_metrics(one.folder / METRICS_FILE) if one.first < r["step"] <= one.last]
         logged = [record for record in records if "loss" in record]
         per_step = logged[-1]["tokens_seen"] / logged[-1]["step"]
-        speed = median(record["tokens_per_second"] for record in logged)
+        speed = usual_rate(logged)
         for record in records:
             if "validation_loss" in record:
                 at = seconds + (record["step"] - one.first) * per_step / speed
                 curve.append([record["step"], round(at, 3), record["validation_loss"]])
-        if before is not None and spike is None and one.stage.lighthouse is None:
+        is_dense = one.stage.lighthouse is None
+        if before is not None and spike is None and is_dense:
             spike = logged[0]["loss"] - before
-        before = fmean(r["loss"] for r in logged if r["step"] > one.last - BEFORE_SWITCH)
+        last_loss = fmean(r["loss"] for r in logged if r["step"] > one.last - BEFORE_SWITCH and not r.get("dense"))
+        before = None if is_dense else last_loss
         seconds += (one.last - one.first) * per_step / speed
         stages.append(
             asdict(one.stage)
-            | {"first": one.first, "last": one.last, "tokens_per_second": speed, "last_training_loss": before}
+            | {"first": one.first, "last": one.last, "tokens_per_second": speed, "last_training_loss": last_loss}
             | {"memory_gib": max(record.get("memory_gib", 0) for record in logged)}
         )
     return {

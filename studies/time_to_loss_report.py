@@ -36,66 +36,113 @@ def cell(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
+def table(titles: list[str], rows: list[list[str]]) -> str:
+    """Markdown whose columns also stand under each other as text."""
+    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+    lines = [titles, ["-" * width for width in widths], *rows]
+    padded = ([text.ljust(width) for text, width in zip(line, widths, strict=True)] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded) + "\n"
+
+
+ABOUT = """\
+Losses in nats per byte of held-out books, with dense attention: "held out" on 12 pieces, "beyond 16K" and recall on 36.
+Shares and differences (Δ, negative is better) are to dense of the same seed: to its end, with as many tokens, and to
+where it was after as many seconds. Seconds until {goal}: on a straight line between two
+measurements; ≤ where the first one is below it already.
+"""
 
 
 def tables(results: list[dict[str, Any]], level: float | None) -> str:
-    """Losses in nats per byte; differences, × and % are to dense of the same seed."""
+    """All that is reported in figures; ``level``: seconds until this loss, None: until dense's last one."""
     dense = {result["seed"]: result for result in results if result["arm"] == "dense"}
-    titles = ["arm", "seed", "seconds", "× dense", "held out", "− dense, equal tokens", "− dense, equal seconds"]
-    titles += ["seconds to level", "of dense's", "beyond 16K", "− dense", "recall beyond 16K", "spike"]
-    lines = [row(*titles), row(*["---"] * len(titles))]
-    for result in results:
-        base, score = dense.get(result["seed"]), result["score"]
-        cells = [result["arm"], str(result["seed"]), f"{result['seconds']:.0f}"]
-        far = score["held_out_far"]["loss"]
-        if base is None:
-            reached = None if level is None else crossing(result["curve"], level)
-            cells += ["", f"{result['held_out']:.4f}", "", "", cell(reached, ".0f"), "", f"{far:.4f}", ""]
-        else:
-            goal = base["held_out"] if level is None else level
-            reached, whole = crossing(result["curve"], goal), crossing(base["curve"], goal)
-            beside = loss_at(base["curve"], result["seconds"])
-            cells += [f"{base['seconds'] / result['seconds']:.2f}", f"{result['held_out']:.4f}"]
-            cells += [f"{result['held_out'] - base['held_out']:+.4f}"]
-            cells += ["" if beside is None else f"{result['held_out'] - beside:+.4f}"]
-            cells += ["not reached" if reached is None else f"{reached:.0f}"]
-            cells += [f"{reached / whole:.2f}" if reached and whole else "", f"{far:.4f}"]
-            cells += [f"{far - base['score']['held_out_far']['loss']:+.4f}"]
-        lines.append(row(*cells, cell(score["recall_far"]["exact"], ".1%"), cell(result["spike"], "+.3f")))
+    goal = "dense's last loss" if level is None else f"a loss of {level}"
+    titles = ["arm", "seed", "seconds", "of dense's", "held out", "Δ equal tokens", "Δ equal seconds"]
+    titles += [f"s until {goal}", "of dense's", "beyond 16K", "Δ", "spike", "recall beyond 16K"]
+    rows = [compare(result, dense.get(result["seed"]), level) for result in results]
+    parts = [ABOUT.format(goal=goal), table(titles, rows), "Stages\n", stages(results)]
     for name, title, form in (
         ("by_position", "Held-out loss by position, all bytes / text outside planted sentences", ".4f"),
         ("recall", f"Recall by distance, whole values (chance {recall.CHANCE['exact']:.2%}) / digits (10%)", ".1%"),
     ):
         first, second = ("loss", "loss_text") if name == "by_position" else ("exact", "digits")
-        parts = results[0]["score"][name]
-        ends = [f"{part['start']:,}–{part['end']:,}" for part in parts]
-        lines += ["", title, "", row("arm", "seed", *ends), row(*["---"] * (2 + len(ends)))]
-        for result in results:
-            cells = [f"{cell(p[first], form)} / {cell(p[second], form)}" for p in result["score"][name]]
-            lines.append(row(result["arm"], str(result["seed"]), *cells))
-    return "\n".join(lines) + "\n"
+        ends = [f"{part['start']:,}–{part['end']:,}" for part in results[0]["score"][name]]
+        rows = [
+            [result["arm"], str(result["seed"])]
+            + [f"{cell(part[first], form)} / {cell(part[second], form)}" for part in result["score"][name]]
+            for result in results
+        ]
+        parts += [f"{title}\n", table(["arm", "seed", *ends], rows)]
+    return "\n".join(parts)
+
+
+def compare(result: dict[str, Any], dense: dict[str, Any] | None, level: float | None) -> list[str]:
+    """A line of the first table: an arm beside dense of the same seed, where that is finished."""
+    curve, seconds, score = result["curve"], result["seconds"], result["score"]
+    goal = dense["held_out"] if dense is not None and level is None else level
+    reached = None if goal is None else crossing(curve, goal)
+    whole = None if goal is None or dense is None else crossing(dense["curve"], goal)
+    at_most = "≤ " if goal is not None and curve[0][2] <= goal else ""
+    until = "" if goal is None else "not reached" if reached is None else f"{at_most}{reached:.0f}"
+    share = f"{at_most}{reached / whole:.2f}" if reached is not None and whole else ""
+    far = score["held_out_far"]["loss"]
+    gaps: list[float | None] = [None] * 3
+    if dense is not None and dense is not result:
+        beside = loss_at(dense["curve"], seconds)
+        gaps[0] = result["held_out"] - dense["held_out"]
+        gaps[1] = None if beside is None else result["held_out"] - beside
+        gaps[2] = far - dense["score"]["held_out_far"]["loss"]
+    equal_tokens, equal_seconds, beyond = (cell(gap, "+.4f") for gap in gaps)
+    return [
+        *(result["arm"], str(result["seed"]), f"{seconds:.0f}"),
+        *("" if dense is None else f"{seconds / dense['seconds']:.2f}", f"{result['held_out']:.4f}"),
+        *(equal_tokens, equal_seconds, until, share, f"{far:.4f}", beyond),
+        *(cell(result["spike"], "+.3f"), cell(score["recall_far"]["exact"], ".1%")),
+    ]
+
+
+def stages(results: list[dict[str, Any]]) -> str:
+    titles = ["arm", "seed", "stage", "steps", "tokens/s", "training loss, last 50 steps", "GiB"]
+    rows = []
+    for result in results:
+        for one in result["stages"]:
+            cells = [result["arm"], str(result["seed"]), one["name"], f"{one['first'] + 1:,}–{one['last']:,}"]
+            cells += [f"{one['tokens_per_second']:,.0f}", f"{one['last_training_loss']:.4f}"]
+            rows.append([*cells, f"{one['memory_gib']:.1f}"])
+    return table(titles, rows)
 
 
 def draw(results: list[dict[str, Any]], file: Path) -> None:
-    """Held-out loss against training seconds: dense stages, where it is measured."""
+    """Held-out loss against training seconds: dense stages, where it is measured. Arms by their last loss."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(9, 5), dpi=110, layout="constrained")
-    names = list(dict.fromkeys(result["arm"] for result in results))
-    for result in results:
-        # The first steps would squeeze the rest.
-        points = [(seconds, loss) for step, seconds, loss in result["curve"] if step > result["stages"][-1]["last"] / 8]
-        label = result["arm"] + (f", seed {result['seed']}" if result["seed"] else "")
-        style = {"color": f"C{names.index(result['arm'])}", "linestyle": "--" if result["seed"] else "-"}
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1.4, label=label, **style)
-    axes.set(xlabel="training seconds, one GPU", ylabel="held-out loss, dense, nats per byte")
+    names = [name for name in dict.fromkeys(result["arm"] for result in results) if name != "dense"]
+    height = max(5.5, 1 + 0.19 * len(results))  # the legend has a line for each
+    figure, axes = plt.subplots(figsize=(11, height), dpi=110, layout="constrained")
+    for result in sorted(results, key=lambda one: one["held_out"]):
+        name, seed, curve = result["arm"], result["seed"], result["curve"]
+        style: dict[str, Any] = {"color": "black", "marker": "o"}
+        if name in names:
+            # Ten colours, then the same ones with other markers.
+            nth = names.index(name)
+            style = {"color": f"C{nth % 10}", "marker": "os^Dv"[nth // 10 % 5]}
+        label = f"{name}{f', seed {seed}' if seed else ''}: {result['held_out']:.3f}, {result['seconds']:.0f} s"
+        style |= {"linestyle": "--" if seed else "-", "linewidth": 1.4, "markersize": 3, "label": label}
+        seconds, losses = [point[1] for point in curve], [point[2] for point in curve]
+        axes.plot(seconds, losses, **style)
+        axes.plot(seconds[-1], losses[-1], color=style["color"], marker=style["marker"], markersize=8)
+        if name == "dense":
+            axes.axhline(result["held_out"], color="grey", linestyle="--" if seed else ":", linewidth=1)
+    # Around where the arms end: the first steps would squeeze the rest.
+    ends = [result["held_out"] for result in results]
+    axes.set(xlim=(0, None), ylim=(min(ends) - 0.05, max(ends) + 0.35))
+    axes.set(xlabel="training seconds, one GPU", ylabel="held-out loss in dense stages, nats per byte")
+    about = "A curve begins in its arm's dense stage. Large: the end of an arm. Dotted: dense's last loss"
+    axes.set_title(about, fontsize=10, loc="left")
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     figure.savefig(file)
     plt.close(figure)
 

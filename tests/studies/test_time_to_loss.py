@@ -8,13 +8,15 @@ import sys
 import pytest
 import recall
 import time_to_loss
-from time_to_loss import ARMS, PARTS, Arm, Stage, alone_in, result_of, runs_of
+from time_to_loss import alone_in, result_of, runs_of
+from time_to_loss_arms import ARMS, PARTS, Arm, Stage
 from time_to_loss_report import crossing, loss_at
 from torchtitan.experiments.lighthouse.runs import launch
 
 from helpers.text import write_documents
 
 DENSE, PUBLISHED = ARMS[0], ARMS[1]
+BY_NAME = {arm.name: arm for arm in ARMS}
 ORDER = [arm.name for arm in ARMS]
 SCORE = {
     "held_out_far": {"start": 16384, "loss": 1.9},
@@ -58,7 +60,7 @@ def test_a_chain_that_has_no_place_in_the_study_says_why():
 
 def test_a_chain_expands_to_a_run_of_each_stage(options):
     """Twelve short sequences per step are as many tokens as one long one; the schedule is that of the whole chain."""
-    short, middle, last = runs_of(next(arm for arm in ARMS if arm.name == "short, Lighthouse, dense"), options)
+    short, middle, last = runs_of(BY_NAME["short, Lighthouse, dense"], options)
     assert [(run.first, run.last) for run in (short, middle, last)] == [(0, 240), (240, 720), (720, 960)]
     words = ("--training.seq_len=8192", "--training.local_batch_size=12", "--lighthouse.no-enable")
     assert {*words, "--training.steps=240", "--lr_scheduler.total_steps=960"} < set(short.command)
@@ -70,7 +72,7 @@ def test_a_chain_expands_to_a_run_of_each_stage(options):
     assert {"--attention=dense", "--seq-len=98304", "--total-steps=960"} < set(own)
     assert str(middle.checkpoints / "step-720") in own and "--validation.freq=60" in changes
     # The other chain begins with more steps of the same short stage, and has no middle.
-    first, long = runs_of(next(arm for arm in ARMS if arm.name == "short 8192 then long"), options)
+    first, long = runs_of(BY_NAME["short 8192 then long"], options)
     assert first.folder == short.folder and first.last == 600 and long.folder not in (middle.folder, last.folder)
     for step in range(60, 901, 60):
         save(short, step)
@@ -89,13 +91,32 @@ def test_an_arm_expands_to_its_commands(options):
         assert words in first.command
     assert not any("validation" in word or "no-enable" in word for word in first.command)
     # Lighthouse's own settings after those of all arms, and the user's last.
-    k1024 = runs_of(next(arm for arm in ARMS if arm.name == "k1024 10:6"), options)[0].command
+    k1024 = runs_of(BY_NAME["k1024 10:6"], options)[0].command
     assert k1024.index("--lighthouse.top_k=1024") > k1024.index("--lighthouse.top_k=1536")
     assert k1024[-1] == second.command[-1] == "--optimizer.lr=2e-3"
     assert str(first.checkpoints / "step-600") in second.command
     assert {"--validation.enable", "--validation.freq=60", "--validation.steps=12"} < set(second.command)
     (dense,) = runs_of(DENSE, options)
     assert {"--lighthouse.no-enable", "--validation.seq_len=98304", "--training.steps=960"} < set(dense.command)
+
+
+def test_a_gentler_switch_is_a_stage_of_its_own(options):
+    """Fewer layers in it, from the checkpoint that the arm with two stages would go on from at 12:4."""
+    first, middle, last = runs_of(BY_NAME["causal W512, layers 3-6, dense 12:2:2"], options)
+    assert first == runs_of(BY_NAME["causal W512 12:4"], options)[0]
+    own, changes = launch.split_overrides(middle.command)
+    assert {"--attention=lighthouse", "--total-steps=840"} < set(own) and str(first.checkpoints / "step-720") in own
+    assert {"--lighthouse.layers=3-6", "--lighthouse.local_window=512", "--validation.no-enable"} < set(changes)
+    own, _ = launch.split_overrides(last.command)
+    assert {"--attention=dense", "--total-steps=960"} < set(own) and str(middle.checkpoints / "step-840") in own
+
+
+def test_steps_of_two_kinds_are_all_logged(options):
+    first, _ = runs_of(BY_NAME["causal W512 every 8th dense 15:1"], options)
+    assert {"--lighthouse.dense_every=8", "--metrics.log_freq=1"} < set(first.command) and first.last == 900
+    others = [run for arm in ARMS for run in runs_of(arm, options) if run.stage.lighthouse is not None]
+    logged = {run.stage.name for run in others if "--metrics.log_freq=1" in run.command}
+    assert logged == {"causal-w512-every-8th-dense"}
 
 
 def test_arms_share_their_beginning_and_nothing_else(options):
@@ -161,11 +182,15 @@ def test_devices_are_those_that_are_visible(monkeypatch):
         assert time_to_loss.devices() == devices
 
 
-def write_metrics(run, steps, loss, rate, held_out=None):
+def write_metrics(run, steps, loss, rate, held_out=None, dense_every=0):
     run.folder.mkdir(parents=True)
     with (run.folder / "metrics.jsonl").open("w") as file:
         for step in steps:
             record = {"step": step, "loss": loss(step), "tokens_seen": 100 * step, "tokens_per_second": rate}
+            if dense_every:
+                is_dense = step % dense_every == 0
+                record |= {"dense": is_dense, "dense_steps": int(is_dense)}
+                record |= {"tokens_per_second": 100} if is_dense else {}
             # The first steps compile.
             file.write(json.dumps(record if step > 20 else record | {"tokens_per_second": 1}) + "\n")
             if held_out and not step % 60:
@@ -192,6 +217,37 @@ def test_a_result_holds_seconds_curve_and_spike(options):
     assert arm["stages"][0]["last_training_loss"] == 2.0 and len(json.dumps(arm)) < 10_000
 
 
+def test_seconds_and_spike_of_a_stage_with_dense_steps(options):
+    """105 of 840 steps at the dense rate; the spike is measured from steps through Lighthouse."""
+    arm = BY_NAME["causal W512 every 8th dense 14:2"]
+    first, second = runs_of(arm, options)
+    write_metrics(first, range(1, 841), lambda step: 9.0 if step % 8 == 0 else 2.0, 400, dense_every=8)
+    write_metrics(second, range(841, 961), lambda step: 2.25 if step == 841 else 2.2, 100, lambda step: 2.0)
+    result = result_of(arm, [first, second], SCORE, options)
+    assert result["seconds"] == 735 / 4 + 105 + 120 and result["spike"] == pytest.approx(0.25)
+    assert result["curve"][-1][1] == result["seconds"]
+
+
+def test_the_spike_of_a_chain_is_where_lighthouse_ends(options):
+    def spike_of(name, *losses):
+        """``losses``: of each stage, its first step's and that of the others."""
+        runs = runs_of(BY_NAME[name], options)
+        for run, (first, rest) in zip(runs, losses, strict=True):
+            steps, held_out = range(run.first + 1, run.last + 1), None if run.stage.lighthouse else lambda step: 2.0
+            write_metrics(run, steps, lambda step, run=run, first=first, rest=rest:
+                          first if step == run.first + 1 else rest, 100, held_out)  # fmt: skip
+        result = result_of(BY_NAME[name], runs, SCORE, options)
+        for run in runs:
+            (run.folder / "metrics.jsonl").unlink()
+            run.folder.rmdir()
+        return result["spike"]
+
+    gentle = spike_of("causal W512, layers 3-6, dense 12:2:2", (5.0, 2.0), (2.5, 1.75), (2.0, 1.5))
+    assert gentle == pytest.approx(0.25)
+    assert spike_of("short, Lighthouse, dense", (5.0, 2.0), (3.0, 1.5), (2.0, 1.4)) == pytest.approx(0.5)
+    assert spike_of("short 8192 then long", (5.0, 2.0), (3.0, 1.5)) is None  # dense all along
+
+
 def test_curves_are_straight_between_points():
     curve = [[1, 10.0, 3.0], [2, 20.0, 2.0], [3, 40.0, 1.0]]
     assert crossing(curve, 2.5) == 15 and crossing(curve, 1.25) == 35 and crossing(curve, 0.9) is None
@@ -204,15 +260,25 @@ def test_the_report_compares_at_equal_tokens_and_at_equal_seconds(options, capsy
     for result in made_up(options):
         recall.write_json(results / f"{result['arm'].replace(' ', '-')}.json", result)
     time_to_loss.report(results, options.output / "report", None, ORDER)
-    text = (options.output / "report/time_to_loss.md").read_text()
-    cells = [cell.strip() for cell in text.splitlines()[3].strip("|").split("|")]
+    lines = (options.output / "report/time_to_loss.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    titles, dense, arm = rows[0], *(row for row in rows[2:4])
+    assert titles == [
+        "arm", "seed", "seconds", "of dense's", "held out", "Δ equal tokens", "Δ equal seconds",
+        "s until dense's last loss", "of dense's", "beyond 16K", "Δ", "spike", "recall beyond 16K",
+    ]  # fmt: skip
+    assert dense == ["dense", "0", "960", "1.00", "2.0000", "", "", "960", "1.00", "1.9000", "", "", "25.0%"]
     # At 660 s dense was at 3 - 660/960 = 2.3125; the arm is at 2 after 360 + 60 * (0.4 / 0.45) * 5 seconds.
-    assert cells == ["published 10:6", "0", "660", "1.45", "1.9500", "-0.0500", "-0.3625", "627", "0.65", "1.9000",
-                     "+0.0000", "25.0%", "+0.750"]  # fmt: skip
-    assert "| published 10:6 | 0 | 2.0000 / 1.5000 |" in text and "| published 10:6 | 0 | 50.0% / 75.0% |" in text
+    assert arm == ["published 10:6", "0", "660", "0.69", "1.9500", "-0.0500", "-0.3625", "627", "0.65", "1.9000",
+                   "+0.0000", "+0.750", "25.0%"]  # fmt: skip
+    for row in (["published 10:6", "0", "published", "1–600", "200", "2.0000", "0.0"],
+                ["published 10:6", "0", "2.0000 / 1.5000"], ["published 10:6", "0", "50.0% / 75.0%"]):  # fmt: skip
+        assert row in rows
     assert (options.output / "report/time_to_loss.png").read_bytes().startswith(b"\x89PNG")
-    time_to_loss.report(results, options.output / "report", 1.0, ORDER)
-    assert "not reached" in capsys.readouterr().out
+    capsys.readouterr()
+    for level, said in ((1.0, "not reached"), (2.45, "≤ 360")):  # measured first 360 s after the start, at 2.4
+        time_to_loss.report(results, options.output / "report", level, ORDER)
+        assert said in capsys.readouterr().out
     with pytest.raises(SystemExit, match="no finished arm"):
         time_to_loss.report(options.output, options.output, None, ORDER)
 

@@ -121,7 +121,7 @@ def test_every_field_works_on_the_command_line():
     assert parse("530m_stage1.toml", "--lighthouse.top_k", "2048").lighthouse.top_k == 2048
 
 
-@pytest.mark.parametrize("value", [1, -1, 2.5, True])
+@pytest.mark.parametrize("value", [1, -1, 2.5, False])
 def test_dense_every_counts_steps(value):
     message = f"dense_every={value}: must be 0 .* or an integer of at least 2 .*; nearest valid values: 0 or 2$"
     with pytest.raises(ValueError, match=message):

@@ -1,0 +1,96 @@
+"""The arms of the study ``time_to_loss``: chains of stages, each with its attention and its share of the steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+#: Of an arm's steps.
+PARTS = 16
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of an arm's steps."""
+
+    name: str
+    """Names its folder: the same name, the same settings"""
+    parts: int
+    """Sixteenths of the steps"""
+    lighthouse: tuple[str, ...] | None = None
+    """Trainer settings of the Lighthouse layers; None: dense"""
+    context: int | None = None
+    """Tokens per sequence; None: the study's"""
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """Of the trainer: Lighthouse's, and every step logged where some are dense, to time each kind."""
+        lighthouse = self.lighthouse or ()
+        is_mixed = any(setting.startswith(DENSE_EVERY) for setting in lighthouse)
+        return (*lighthouse, "--metrics.log_freq=1") if is_mixed else lighthouse
+
+
+@dataclass(frozen=True)
+class Arm:
+    name: str
+    stages: tuple[Stage, ...]
+
+    def cannot_run(self, seq_len: int) -> str | None:
+        """Why this chain has no place in a study of ``seq_len`` tokens per sequence, and so per step."""
+        for stage in self.stages:
+            if stage.context is not None and seq_len % stage.context:
+                return f"stage {stage.name!r} has {stage.context:,} tokens per sequence, which must divide {seq_len:,}"
+        if self.stages[-1].lighthouse is not None or self.stages[-1].context not in (None, seq_len):
+            return f"its last stage must be dense at {seq_len:,} tokens, as its held-out loss is"
+        return None
+
+
+def two_stages(name: str, parts: int, *lighthouse: str) -> tuple[Stage, ...]:
+    return Stage(name, parts, lighthouse), Stage("dense", PARTS - parts)
+
+
+DELAYED, CAUSAL = "--lighthouse.selection=delayed", "--lighthouse.selection=causal"
+LOCAL = "--lighthouse.local_window="
+CAUSAL_W512 = (CAUSAL, f"{LOCAL}512")
+WINDOW_ALONE = ("--lighthouse.selection=none", f"{LOCAL}1024")
+DENSE_EVERY = "--lighthouse.dense_every="
+ARMS = [
+    Arm("dense", (Stage("dense", PARTS),)),
+    Arm("published 10:6", two_stages("published", 10)),
+    Arm("published 12:4", two_stages("published", 12)),
+    Arm("published 14:2", two_stages("published", 14)),
+    Arm("delayed 10:6", two_stages("delayed", 10, DELAYED)),
+    Arm("delayed 14:2", two_stages("delayed", 14, DELAYED)),
+    *(
+        Arm(
+            f"causal W{window} {parts}:{PARTS - parts}",
+            two_stages(f"causal-w{window}", parts, CAUSAL, f"{LOCAL}{window}"),
+        )
+        for window, splits in ((512, (10, 12, 14, 15)), (128, (14,)), (1024, (14,)))
+        for parts in splits
+    ),
+    Arm("published layers 3-6 10:6", two_stages("layers-3-6", 10, "--lighthouse.layers=3-6")),
+    Arm("k1024 10:6", two_stages("k1024", 10, "--lighthouse.top_k=1024")),
+    Arm("k2048 10:6", two_stages("k2048", 10, "--lighthouse.top_k=2048")),
+    *(
+        Arm(
+            f"causal W512 every 8th dense {parts}:{PARTS - parts}",
+            two_stages("causal-w512-every-8th-dense", parts, *CAUSAL_W512, f"{DENSE_EVERY}8"),
+        )
+        for parts in (14, 15)
+    ),
+    Arm("causal W512 k1024 14:2", two_stages("causal-w512-k1024", 14, *CAUSAL_W512, "--lighthouse.top_k=1024")),
+    Arm("causal W512 layers 1-7 14:2", two_stages("causal-w512-1-7", 14, *CAUSAL_W512, "--lighthouse.layers=1-7")),
+    Arm("window 1024 alone 14:2", two_stages("window-1024", 14, *WINDOW_ALONE)),
+    Arm("window 1024 alone 10:6", two_stages("window-1024", 10, *WINDOW_ALONE)),
+    Arm(
+        "causal W512, layers 3-6, dense 12:2:2",
+        (
+            Stage("causal-w512", 12, CAUSAL_W512),
+            Stage("causal-w512-3-6", 2, (*CAUSAL_W512, "--lighthouse.layers=3-6")),
+            Stage("dense", 2),
+        ),
+    ),
+    Arm("short 8192 then long", (Stage("short", 10, context=8192), Stage("dense", 6))),
+    Arm("short, Lighthouse, dense", (Stage("short", 4, context=8192), Stage("published", 8, ()), Stage("dense", 4))),
+    Arm("dense, again", (Stage("dense-again", PARTS),)),
+]
