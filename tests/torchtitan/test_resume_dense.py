@@ -13,6 +13,7 @@ from torchtitan.experiments.lighthouse.runs import launch, next_stage
 from torchtitan.experiments.lighthouse.runs.contract import StageBefore
 from torchtitan.experiments.lighthouse.runs.settings import read_settings
 
+from helpers.checkpoints import flip, truncate
 from helpers.launch import (
     REPOSITORY,
     SMALL,
@@ -297,15 +298,22 @@ def test_refuses_what_is_no_run(copy, tmp_path, capsys):
     assert "has no [lighthouse] section" in refusal(capsys, copy)
 
 
-def test_refuses_incomplete_checkpoints(copy, capsys):
-    shard = max((copy / "checkpoint/step-4").glob("*.distcp"), key=lambda file: file.stat().st_size)
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[: len(whole) // 2])
-    assert f"incomplete: {shard.name} has" in refusal(capsys, copy)
-    shard.unlink()
-    assert "incomplete" in refusal(capsys, copy)
-    (copy / "checkpoint/step-4/.metadata").unlink()
-    message = refusal(capsys, copy / "checkpoint/step-4")
+def test_incomplete_and_damaged_checkpoints(copy, capsys):
+    """Refused where they are named; otherwise the newest sound one is taken, and nothing is moved."""
+    step4, before = copy / "checkpoint/step-4", contents(copy)
+    shard = max(step4.glob("*.distcp"), key=lambda file: file.stat().st_size)
+    flip(shard, 1_000_000, 3)
+    assert f"step-4 is damaged: {shard.name} does not hold what was saved" in refusal(capsys, step4)
+    for damage in (lambda: None, lambda: truncate(shard), shard.unlink):
+        damage()
+        resume_dense.main([str(copy), "--dry-run"])
+        printed = capsys.readouterr().out
+        assert f"step-4 is damaged ({shard.name} " in printed and "checkpoint/step-2 (step 2)" in printed
+    assert contents(copy).keys() == before.keys() - {str(shard)}
+
+    for name in ("manifest.json", ".metadata"):
+        (step4 / name).unlink()
+    message = refusal(capsys, step4)
     assert "step-4 is incomplete (it has no .metadata" in message and "complete ones" in message
     assert message.endswith("step-2")  # which would do
     resume_dense.main([str(copy), "--dry-run"])  # the newest is the newest complete one, for every command
@@ -313,6 +321,15 @@ def test_refuses_incomplete_checkpoints(copy, capsys):
     assert "step-4 unfinished (no .metadata), using step-2" in printed and "checkpoint/step-2 (step 2)" in printed
     shutil.rmtree(copy / "checkpoint")
     assert "holds no checkpoint" in refusal(capsys, copy)
+
+
+def test_a_crafted_table_of_contents_runs_nothing(copy, tmp_path, capsys):
+    """It ran a shell command, with --dry-run too."""
+    (copy / "checkpoint/step-4/manifest.json").unlink()
+    crafted = b"cos\nsystem\n(Vtouch " + str(tmp_path / "ran").encode() + b"\ntR."
+    (copy / "checkpoint/step-4/.metadata").write_bytes(crafted)
+    assert "names os.system, which no checkpoint needs" in refusal(capsys, copy)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_refuses_a_model_only_checkpoint(copy, tmp_path, capsys):

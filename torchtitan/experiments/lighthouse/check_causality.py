@@ -63,7 +63,7 @@ def check_and_write(options: argparse.Namespace) -> bool:
         value = getattr(options, name)
         if value is not None and value < least:
             raise Refused(f"--{name.replace('_', '-')} {value}: must be at least {least}; nearest valid value: {least}")
-    checkpoint = checkpoints.find_checkpoint(options.model)
+    checkpoint = checkpoints.find_checkpoint(options.model, options.verify)
     settings = read_settings(checkpoint)
     if options.seq_len is not None:
         settings.training = replace(settings.training, seq_len=options.seq_len)
@@ -146,6 +146,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tries", type=int, default=2, help="replacements for each t (default: %(default)s)")
     parser.add_argument("--text", action="store_true", help="the run's held-out text (default: random tokens)")
     parser.add_argument("--seed", type=int, default=0, help="of positions and random tokens (default: %(default)s)")
+    parser.add_argument(
+        "--verify",
+        choices=("digest", "size", "off"),
+        default="digest",
+        help="what is compared with the checkpoint's manifest: contents, sizes, or nothing (default: %(default)s)",
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="also write everything to this JSON file")
     return parser.parse_args(arguments)
 

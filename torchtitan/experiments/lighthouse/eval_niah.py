@@ -50,7 +50,7 @@ def evaluate_and_write(options: argparse.Namespace) -> None:
     from torchtitan.experiments.lighthouse.errors import Refused
     from torchtitan.experiments.lighthouse.evaluation import needle
 
-    subject = needle.open_subject(options.model)
+    subject = needle.open_subject(options.model, options.verify)
     haystack = needle.Haystack.of(subject.encode, subject.begin)
     contexts = needle.choose_contexts(options.contexts, subject, haystack.min_context)
     depths = needle.choose_depths(needle.DEPTHS if options.depths is None else options.depths)
@@ -97,6 +97,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--depths", type=numbers, metavar="N,N,…", help="per cent (default: the paper's)")
     parser.add_argument("--seed", type=int, default=0, help="of the filler (default: 0)")
     parser.add_argument("--batch-tokens", type=int, help="tokens per batch (default: 262144 on a GPU, 32768 on a CPU)")
+    parser.add_argument(
+        "--verify",
+        choices=("digest", "size", "off"),
+        default="digest",
+        help="what is compared with the checkpoint's manifest: contents, sizes, or nothing (default: %(default)s)",
+    )
     parser.add_argument(
         "--output", type=Path, help="folder for the results (default: niah or niah-step-N in the run's)"
     )

@@ -49,7 +49,7 @@ def evaluate_and_write(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise Refused(f"--{name.replace('_', '-')} {value}: must be positive; nearest valid value: 1")
-    checkpoint = checkpoints.find_checkpoint(options.model)
+    checkpoint = checkpoints.find_checkpoint(options.model, options.verify)
     settings = read_settings(checkpoint)
     if options.seq_len is not None:
         settings.training = replace(settings.training, seq_len=options.seq_len)
@@ -125,6 +125,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         type=numbers,
         metavar="N,N,…",
         help="positions at which a bucket ends and the next begins (default: the four largest powers of two within)",
+    )
+    parser.add_argument(
+        "--verify",
+        choices=("digest", "size", "off"),
+        default="digest",
+        help="what is compared with the checkpoint's manifest: contents, sizes, or nothing (default: %(default)s)",
     )
     parser.add_argument("--output", type=Path, help="folder for evaluate.json (default: evaluate… in the run's)")
     return parser.parse_args(arguments)

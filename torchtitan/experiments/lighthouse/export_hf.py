@@ -39,7 +39,9 @@ def main(arguments: list[str] | None = None) -> None:
             hugging_face.import_folder(options.hf_folder, options.flavor, options.output, overwrite=options.overwrite)
         else:
             dtype = getattr(torch, options.dtype)
-            hugging_face.export(options.checkpoint, options.output, dtype, options.tokenizer, options.overwrite)
+            hugging_face.export(
+                options.checkpoint, options.output, dtype, options.tokenizer, options.overwrite, options.verify
+            )
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -50,6 +52,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="folder to write (default: hf-step-N in the run's dump folder)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the exported weights (default: float32)")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer folder (default: the run's model.hf_assets_path)")
+    parser.add_argument(
+        "--verify",
+        choices=("digest", "size", "off"),
+        default="digest",
+        help="what is compared with the checkpoint's manifest: contents, sizes, or nothing (default: %(default)s)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier folder of this command")
     parser.add_argument("--import", dest="hf_folder", metavar="HF_FOLDER", type=Path, help="the folder to read back")
     parser.add_argument("--flavor", help="the flavor that HF_FOLDER must be, e.g. 530m")

@@ -21,7 +21,8 @@ from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.experiments.lighthouse.data.tokenizer import build_tokenizer
 from torchtitan.experiments.lighthouse.errors import Refused
 from torchtitan.experiments.lighthouse.model.model import LighthouseTransformer
-from torchtitan.experiments.lighthouse.runs.checkpoints import dump_folder_of, find_checkpoint
+from torchtitan.experiments.lighthouse.runs import manifest
+from torchtitan.experiments.lighthouse.runs.checkpoints import Verify, dump_folder_of, find_checkpoint
 from torchtitan.experiments.lighthouse.runs.settings import load_model, read_settings
 from torchtitan.experiments.lighthouse.train_spec import lighthouse_args
 from torchtitan.models.llama3.model.model import FeedForward
@@ -49,7 +50,14 @@ class _Tokens(TypedDict, total=False):
     eos_token_id: int | None
 
 
-def export(path: Path, output: Path | None, dtype: torch.dtype, tokenizer: Path | None, overwrite: bool) -> None:
+def export(
+    path: Path,
+    output: Path | None,
+    dtype: torch.dtype,
+    tokenizer: Path | None,
+    overwrite: bool,
+    verify: Verify = "digest",
+) -> None:
     """Write the checkpoint at ``path`` as a folder for ``transformers``.
 
     Args:
@@ -58,11 +66,11 @@ def export(path: Path, output: Path | None, dtype: torch.dtype, tokenizer: Path 
         tokenizer: a folder that replaces the run's model.hf_assets_path.
 
     Raises:
-        Refused: if there is no complete checkpoint or tokenizer, or ``output`` is taken.
+        Refused: if there is no sound checkpoint or tokenizer, or ``output`` is taken.
     """
     from transformers import LlamaForCausalLM
 
-    checkpoint = find_checkpoint(path)
+    checkpoint = find_checkpoint(path, verify)
     output = output or dump_folder_of(checkpoint) / f"hf-{checkpoint.name}"
     settings = read_settings(checkpoint)
     if tokenizer is not None:
@@ -111,6 +119,7 @@ def import_folder(hf_folder: Path, flavor: str, output: Path, *, overwrite: bool
         weights = adapter.to_hf({name: torch.empty_like(w, device="cpu") for name, w in model.state_dict().items()})
         state_dict_loader.load(weights, storage_reader=adapter.get_hf_storage_reader(str(hf_folder)), no_dist=True)
         state_dict_saver.save(adapter.from_hf(weights), checkpoint_id=folder, no_dist=True)
+        manifest.write(folder, manifest.record_files(folder), {}, step=0, last_of_stage=False)
     parameters = sum(weight.numel() for weight in weights.values())
     print(f"{hf_folder} -> {output}: {flavor}, {parameters:,} parameters, float32, {_size(output):,} bytes")
     flags = ["--checkpoint.initial_load_path", str(output.resolve())]

@@ -161,7 +161,17 @@ class Checkpoint(upstream.Checkpoint):
     """Stage 2 needs the last checkpoint whole; upstream's default would drop the optimizer from it"""
 
     keep_latest_k: int = 0
-    """Upstream's purge counts unfinished checkpoints too and could delete the last good one; 0 keeps all"""
+    """
+    How many of the newest sound checkpoints to keep, at least 2; 0 keeps all. Damaged and unfinished ones do not count,
+    and the last one of a stage is never deleted.
+    """
+
+    verify: Literal["digest", "size", "off"] = "digest"
+    """
+    What is compared with a checkpoint's manifest before it is loaded: the content of every file, which is read once
+    more for it, each process a share; the sizes alone; or nothing. Instead of damaged checkpoints, the newest sound one
+    is taken.
+    """
 
 
 @dataclass
@@ -176,4 +186,5 @@ class JobConfig:
 class MergedConfig(upstream.JobConfig):
     """What torchtitan makes of its ``JobConfig`` and this one, for annotations: the real class is made at run time."""
 
+    checkpoint: Checkpoint
     lighthouse: Lighthouse

@@ -3,7 +3,7 @@
 
     python scripts/resume_dense.py outputs/530m_stage1
 
-is Stage 2 of the paper. It takes the newest complete checkpoint of that run (or the one you name,
+is Stage 2 of the paper. It takes the newest sound checkpoint of that run (or the one you name,
 outputs/530m_stage1/checkpoint/step-10000) and goes on with the same weights, optimizer state, data position and
 learning-rate schedule, to the end of the schedule or to --total-steps, in a dump folder of its own, so that the files
 of the stage before are never touched. Run the same command again after an interruption and the stage continues.
@@ -48,7 +48,7 @@ def resume(options: argparse.Namespace, overrides: list[str]) -> None:
 
     from torchtitan.experiments.lighthouse.runs import contract, launch, next_stage
 
-    before = contract.find_stage_before(options.before)
+    before = contract.find_stage_before(options.before, options.verify)
     folder = options.dump_folder or next_stage.default_folder(before, options.attention, options.seq_len)
     config = next_stage.next_settings(before, folder, options.total_steps, options.attention, options.seq_len)
     torchrun = options.torchrun or launch.one_node(before.world_size)
@@ -120,6 +120,12 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="ARGS",
         help="torchrun's arguments as one string, e.g. '--nnodes 4 --nproc_per_node 8 --rdzv_backend c10d "
         "--rdzv_endpoint HOST:PORT' (default: one node, as many processes as the stage before had)",
+    )
+    parser.add_argument(
+        "--verify",
+        choices=("digest", "size", "off"),
+        default="digest",
+        help="what is compared with the checkpoint's manifest: contents, sizes, or nothing (default: %(default)s)",
     )
     parser.add_argument("--dry-run", action="store_true", help="check and print settings and command; write nothing")
     return parser.parse_args(arguments), overrides

@@ -11,18 +11,21 @@ use_cpu_without_accelerator()
 
 import math
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torchtitan.experiments.lighthouse.train_spec  # noqa: F401  registers the model
 from torch import Tensor
+from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.experiments.lighthouse.job_config import check_degrees
 from torchtitan.experiments.lighthouse.loss import Processed, with_labels
 from torchtitan.experiments.lighthouse.metrics import LighthouseMetricsProcessor
 from torchtitan.experiments.lighthouse.model.model import LighthouseTransformer, dense_attention
-from torchtitan.experiments.lighthouse.runs import contract
+from torchtitan.experiments.lighthouse.runs import contract, saving
 from torchtitan.experiments.lighthouse.runs.checkpoints import complete_checkpoints_in
 from torchtitan.experiments.lighthouse.runs.records import number_of, stage_of
 from torchtitan.experiments.lighthouse.seams import trainer as seam
@@ -43,7 +46,15 @@ class LighthouseTrainer(seam.HookedTrainer):
         # Once a stage has a checkpoint of its own, it continues that one, and the one that it came from may be gone.
         starts = not complete_checkpoints_in(Path(self._checkpoint_folder()))
         if origin and starts and Path(origin).is_dir():
-            contract.check_continuation(contract.find_stage_before(Path(origin)), self.job_config, world_size)
+            # Sizes only: contents are compared where it is loaded, each process a share of them.
+            before = contract.find_stage_before(Path(origin), verify="size")
+            contract.check_continuation(before, self.job_config, world_size)
+        if self.job_config.checkpoint.enable and not self.job_config.checkpoint.load_only:
+            saving.check_writable(Path(self._checkpoint_folder()))
+
+    def checkpoint_manager(self) -> Callable[..., CheckpointManager]:
+        verify, about = self.job_config.checkpoint.verify, saving.about(self.job_config)
+        return partial(saving.SoundCheckpoints, verify=verify, about=about)
 
     def around_step(self) -> AbstractContextManager[None]:
         """Dense attention in all layers, in the steps that ``lighthouse.dense_every`` names."""

@@ -58,7 +58,7 @@ class Subject:
     load: Callable[[torch.device], LastLogits]
 
 
-def open_subject(path: Path) -> Subject:
+def open_subject(path: Path, verify: checkpoints.Verify = "digest") -> Subject:
     """The model at ``path``: a Hugging Face folder's config.json names a model type, a run's does not.
 
     Raises:
@@ -66,11 +66,11 @@ def open_subject(path: Path) -> Subject:
     """
     config_file = path / "config.json"
     hugging_face = config_file.is_file() and "model_type" in json.loads(config_file.read_text())
-    return open_hugging_face(path) if hugging_face else open_run(path)
+    return open_hugging_face(path) if hugging_face else open_run(path, verify)
 
 
-def open_run(path: Path) -> Subject:
-    checkpoint = checkpoints.find_checkpoint(path)
+def open_run(path: Path, verify: checkpoints.Verify) -> Subject:
+    checkpoint = checkpoints.find_checkpoint(path, verify)
     settings = read_settings(checkpoint)
     try:
         tokenizer = build_tokenizer(settings)

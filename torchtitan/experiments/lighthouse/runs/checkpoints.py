@@ -5,14 +5,22 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torchtitan.experiments.lighthouse.errors import Refused
+from torchtitan.experiments.lighthouse.runs import manifest
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
 
 CONFIG_FILE = "config.json"
+TABLE_OF_CONTENTS = ".metadata"
+
+#: What is compared with a checkpoint's manifest before it is loaded: contents, sizes, or nothing.
+Verify = Literal["digest", "size", "off"]
+
+#: In the ``.metadata`` of a checkpoint that was given a manifest: without one, it has been lost.
+HAS_MANIFEST = "lighthouse.manifest"
 
 
 def step_of(checkpoint: Path) -> int:
@@ -24,8 +32,18 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether the save came to its end: the table of contents is written last."""
-    return (checkpoint / ".metadata").is_file()
+    """Whether the save came to its end, damaged since or not.
+
+    A save becomes a ``step-N`` folder only when it is complete (``runs.saving``). Where another program has saved, or
+    an older version of this one, the table of contents is what is written last.
+    """
+    if (checkpoint / TABLE_OF_CONTENTS).is_file():
+        return True
+    try:
+        saved = manifest.read(checkpoint)
+    except manifest.BadManifest:
+        return False
+    return saved is not None and TABLE_OF_CONTENTS in saved["files"]
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -74,22 +92,23 @@ def read_config(file: Path) -> dict[str, Any]:
     return config
 
 
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint at ``path``: a ``step-N`` folder, or a run's dump folder, whose newest complete one it is.
+def find_checkpoint(path: Path, verify: Verify = "digest") -> Path:
+    """The checkpoint at ``path``: a ``step-N`` folder, or a run's dump folder, whose newest sound one it is.
 
-    Every command means this one by "newest". Unfinished ones after it are passed over, and named in a line.
+    Every command means this one by "newest". Unfinished and damaged ones after it are passed over, and named in a line.
+    Nothing is moved: the run may still be going on.
 
     Raises:
-        Refused: if there is none, or the one that was named is not complete.
+        Refused: if there is none, or the one that was named is incomplete or damaged.
     """
     config_file = config_file_of(path)
     if is_checkpoint(path):
+        others = [other.name for other in complete_checkpoints_in(path.parent) if other.name != path.name]
+        instead = f"complete ones in {path.parent}: {', '.join(others) or 'none'}"
         if not is_complete(path):
-            others = ", ".join(other.name for other in complete_checkpoints_in(path.parent)) or "none"
-            raise Refused(
-                f"{path} is incomplete (it has no .metadata: the save did not finish); complete ones in "
-                f"{path.parent}: {others}"
-            )
+            raise Refused(f"{path} is incomplete (it has no .metadata: the save did not finish); {instead}")
+        if what := damage_in(path, verify):
+            raise Refused(f"{path} is damaged: {what}; other {instead}")
         return path.resolve()
     folder = path / json.loads(config_file.read_text())["checkpoint"]["folder"]
     saved, complete = checkpoints_in(folder), complete_checkpoints_in(folder)
@@ -97,9 +116,63 @@ def find_checkpoint(path: Path) -> Path:
         raise Refused(
             f"{folder} holds no checkpoint that is complete: {', '.join(p.name for p in saved) or 'none at all'}"
         )
-    if unfinished := [other.name for other in saved if step_of(other) > step_of(complete[-1])]:
-        print(f"{folder}: {', '.join(unfinished)} unfinished (no .metadata), using {complete[-1].name}", flush=True)
-    return complete[-1].resolve()
+    damaged: list[str] = []
+    for checkpoint in reversed(complete):
+        what = damage_in(checkpoint, verify)
+        if what is None:
+            if unfinished := [p.name for p in saved if step_of(p) > step_of(checkpoint) and p not in complete]:
+                print(
+                    f"{folder}: {', '.join(unfinished)} unfinished (no .metadata), using {checkpoint.name}", flush=True
+                )
+            for line in damaged:
+                print(f"{line}, using {checkpoint.name}", flush=True)
+            return checkpoint.resolve()
+        damaged.append(f"{folder}: {checkpoint.name} is damaged ({what})")
+    raise Refused(f"{folder} holds no sound checkpoint. {'; '.join(damaged)}")
+
+
+def damage_in(checkpoint: Path, verify: Verify, share: tuple[int, int] = (0, 1)) -> str | None:
+    """What is wrong with a complete checkpoint, in words; None if nothing is.
+
+    One without a manifest, saved by another program, can only be too short.
+
+    Args:
+        share: (i, n) looks at every n-th file from the i-th on, so that n processes together look at all.
+
+    Raises:
+        Refused: if it cannot be judged: its table of contents names what it must not.
+    """
+    if verify == "off":
+        return None
+    try:
+        saved = manifest.read(checkpoint)
+        if saved is not None:
+            return manifest.damage(checkpoint, saved, digests=verify == "digest", share=share)
+    except manifest.BadManifest as error:
+        return str(error)
+    if share[0] > 0:
+        return None
+    try:
+        metadata = unpickled_metadata(checkpoint)
+        if metadata.storage_meta is not None and HAS_MANIFEST in metadata.storage_meta.modules:
+            return f"{manifest.MANIFEST_FILE} is missing"
+        return _missing_bytes(checkpoint, metadata)
+    except Refused:
+        raise
+    except Exception as error:  # of many kinds: a flipped bit can make anything of a pickle
+        return f"{TABLE_OF_CONTENTS} cannot be read ({type(error).__name__}: {error})"
+
+
+def unpickled_metadata(checkpoint: Path) -> Metadata:
+    """The table of contents, unchecked.
+
+    Raises:
+        Refused: if it names what no table of contents needs.
+        Exception: of many kinds, if it is damaged.
+    """
+    from torchtitan.experiments.lighthouse.seams.unpickle import AllowListReader
+
+    return AllowListReader(checkpoint).read_metadata()
 
 
 def read_metadata(checkpoint: Path) -> Metadata:
@@ -108,12 +181,16 @@ def read_metadata(checkpoint: Path) -> Metadata:
     Raises:
         Refused: if a file is missing or cut short.
     """
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    metadata = unpickled_metadata(checkpoint)
+    if what := _missing_bytes(checkpoint, metadata):
+        raise Refused(f"{checkpoint} is incomplete: {what}")
+    return metadata
 
-    metadata = FileSystemReader(checkpoint).read_metadata()
+
+def _missing_bytes(checkpoint: Path, metadata: Metadata) -> str | None:
     for info in (metadata.storage_data or {}).values():
         file = checkpoint / info.relative_path
         needed, found = info.offset + info.length, file.stat().st_size if file.is_file() else 0
         if found < needed:
-            raise Refused(f"{checkpoint} is incomplete: {file.name} has {found:,} bytes of at least {needed:,}")
-    return metadata
+            return f"{file.name} has {found:,} bytes of at least {needed:,}"
+    return None

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torchtitan.experiments.lighthouse.errors import Refused
 from torchtitan.experiments.lighthouse.job_config import MergedConfig
 from torchtitan.experiments.lighthouse.runs.checkpoints import (
+    Verify,
     config_file_of,
     find_checkpoint,
     read_config,
@@ -82,17 +83,17 @@ class StageBefore:
         return tokens_per_step(self.config, self.data_parallel_size)
 
 
-def find_stage_before(path: Path) -> StageBefore:
-    """The run and checkpoint at ``path``, a dump folder (its newest complete checkpoint) or one checkpoint folder.
+def find_stage_before(path: Path, verify: Verify = "digest") -> StageBefore:
+    """The run and checkpoint at ``path``, a dump folder (its newest sound checkpoint) or one checkpoint folder.
 
     Raises:
-        Refused: if there is none, or it is not a complete full checkpoint of this trainer.
+        Refused: if there is none, or it is not a sound full checkpoint of this trainer.
     """
     config_file = config_file_of(path)
     config = read_config(config_file)
     if "lighthouse" not in config:
         raise Refused(f"{config_file} has no [lighthouse] section, so this is no run of this trainer")
-    checkpoint = find_checkpoint(path)
+    checkpoint = find_checkpoint(path, verify)
     metadata = read_metadata(checkpoint)
     keys = metadata.state_dict_metadata
     missing = [part for part in FULL_STATE if not any(key.startswith(f"{part}.") for key in keys)]

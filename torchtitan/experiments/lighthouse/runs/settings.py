@@ -15,6 +15,7 @@ from torchtitan.experiments.lighthouse.job_config import MergedConfig
 from torchtitan.experiments.lighthouse.model.args import LighthouseModelArgs
 from torchtitan.experiments.lighthouse.model.model import LighthouseTransformer
 from torchtitan.experiments.lighthouse.runs.checkpoints import config_file_of, read_config, read_metadata
+from torchtitan.experiments.lighthouse.seams.unpickle import AllowListPlanner, AllowListReader
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.utils import device_type
 
@@ -74,5 +75,6 @@ def load_model(
     with torch.no_grad():
         model.init_weights(buffer_device=torch.device(device))
     state = model.state_dict()
-    state_dict_loader.load(state, checkpoint_id=checkpoint, no_dist=True)
+    reader, planner = AllowListReader(checkpoint), AllowListPlanner()
+    state_dict_loader.load(state, storage_reader=reader, planner=planner, no_dist=True)
     return model.eval()

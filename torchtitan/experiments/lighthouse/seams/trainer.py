@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torchtitan.train as upstream
 from torch import Tensor
+from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.experiments.lighthouse.job_config import MergedConfig
@@ -41,6 +42,10 @@ class HookedTrainer(upstream.Trainer):
     def check_before_build(self) -> None:
         """Before anything is built: the settings are there, no process group and no device yet."""
 
+    def checkpoint_manager(self) -> Callable[..., CheckpointManager]:
+        """What the run's checkpoint manager is made with."""
+        return CheckpointManager
+
     def check_loaded(self) -> None:
         """Once, after a checkpoint was loaded or none was found, before the first batch."""
 
@@ -61,7 +66,8 @@ class HookedTrainer(upstream.Trainer):
         self.job_config = job_config
         self.step_losses: list[Tensor] = []
         self.check_before_build()
-        super().__init__(job_config)
+        with _checkpoints_by(self.checkpoint_manager()):
+            super().__init__(job_config)
         self.optimizers.register_step_pre_hook(lambda *_: self.check_before_optimizer_step())
         if self.parallel_dims.world_size == 1:
             # Upstream has just added autocast, and said so.
@@ -89,6 +95,17 @@ class HookedTrainer(upstream.Trainer):
         self.check_loaded()
         self.log_start()
         return on_host(super().batch_generator(data_iterable))
+
+
+@contextmanager
+def _checkpoints_by(manager: Callable[..., CheckpointManager]) -> Iterator[None]:
+    """Upstream's constructor takes the class from its module's names."""
+    names = vars(upstream)
+    names["CheckpointManager"] = manager
+    try:
+        yield
+    finally:
+        names["CheckpointManager"] = CheckpointManager
 
 
 def on_host(batches: Iterable[Batch]) -> Iterator[Batch]:
