@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict_saver
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torchtitan.experiments.lighthouse.errors import Refused
 from torchtitan.experiments.lighthouse.runs import manifest, saving
 from torchtitan.experiments.lighthouse.runs.checkpoints import complete_checkpoints_in, damage_in, find_checkpoint
@@ -316,6 +317,21 @@ def test_saving_in_the_background(tmp_path):
     checkpoints.close()
     assert all(damage_in(path, "digest") is None for path in complete_checkpoints_in(tmp_path / "checkpoint"))
     assert loaded_step(tmp_path) == 4 and len(names(tmp_path)) <= 3
+
+
+def test_saving_in_another_process(tmp_path, monkeypatch):
+    """``async_with_pinned_mem``, without what needs a GPU in it: writer, digests and seal go to the process."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    checkpoints = manager(tmp_path, async_mode="async_with_pinned_mem")
+    monkeypatch.undo()
+    checkpoints.stager = DefaultStager(StagingOptions(False, True, True, False))
+    for step in (1, 2):
+        save(checkpoints, step)
+        checkpoints.maybe_wait_for_staging()  # upstream's trainer does, before it changes the weights
+    torch.nn.init.constant_(checkpoints.model.weight, 99)
+    checkpoints.close()
+    assert names(tmp_path) == ["step-1", "step-2"] and loaded_step(tmp_path) == 2 and loaded_step(tmp_path, 1) == 1
+    assert all(damage_in(path, "digest") is None for path in complete_checkpoints_in(tmp_path / "checkpoint"))
 
 
 def test_pinned_memory_needs_an_accelerator(tmp_path):

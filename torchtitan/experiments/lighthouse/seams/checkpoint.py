@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,19 +43,37 @@ Written = dict[str, tuple[int, str]]
 Seal = Callable[[Path, Written], None]
 
 
+#: From so many bytes on, a thread is worth its while.
+_LARGE = 1 << 18
+
+
 class DigestingStream(io.BufferedWriter):
+    """A new file that is digested while it is written: neither waits for Python, so one hides behind the other."""
+
     def __init__(self, path: Path) -> None:
         super().__init__(io.FileIO(path, "wb"))
         self.digest = xxh3_128()
         self.failure: OSError | None = None
+        self._digesting = ThreadPoolExecutor(1, "digest")
 
     def write(self, data: Any) -> int:
-        self.digest.update(data)
+        digested = None
+        if len(data) < _LARGE:
+            self.digest.update(data)
+        else:
+            digested = self._digesting.submit(self.digest.update, data)
         try:
             return super().write(data)
         except OSError as error:
             self.failure = error
             raise
+        finally:
+            if digested is not None:
+                digested.result()  # torch takes the bytes back
+
+    def close(self) -> None:
+        super().close()
+        self._digesting.shutdown()
 
 
 class DigestingFiles(FileSystem):
