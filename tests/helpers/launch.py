@@ -1,5 +1,6 @@
 """Starts real training runs for tests: torchrun, the debug config made smaller, float32."""
 
+import contextlib
 import json
 import os
 import signal
@@ -60,8 +61,22 @@ def train(dump_folder: Path, nproc: int = 1, *, check: bool = True, **settings: 
     return run(command(dump_folder, nproc, **settings), check=check)
 
 
-def train_and_kill(dump_folder: Path, at_step: int, **settings: str) -> None:
-    """Start a run and kill it, without warning, once it has logged ``at_step``."""
+def descendants(pid: int) -> list[int]:
+    """The processes that a process has started, and those have started, and so on."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*"):
+        for child in map(int, (task / "children").read_text().split()):
+            found += [child, *descendants(child)]
+    return found
+
+
+def train_and_kill(dump_folder: Path, at_step: int, *, only_torchrun: bool = False, **settings: str) -> list[int]:
+    """Start a run and kill it, without warning, once it has logged ``at_step``: torchrun, and, unless it alone shall
+    be killed, all that it has started. Torchrun's processes are no members of its group.
+
+    Returns:
+        The processes that torchrun had started.
+    """
     process = subprocess.Popen(
         command(dump_folder, 1, **settings),
         stdout=subprocess.DEVNULL,
@@ -75,8 +90,12 @@ def train_and_kill(dump_folder: Path, at_step: int, **settings: str) -> None:
             assert process.poll() is None and time.monotonic() < deadline, "the run ended before it was killed"
             time.sleep(0.02)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        started = descendants(process.pid)
+        for pid in [process.pid] if only_torchrun else [process.pid, *started]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         process.wait()
+    return started
 
 
 def metrics(dump_folder: Path) -> list[dict]:

@@ -53,7 +53,8 @@ def test_only_what_needs_models_registers_them(imported):
 
 
 def test_only_the_trainer_loads_the_trainer(imported):
-    assert {name for name, found in imported.items() if found["trainer"]} == {"train", "seams.trainer", "seams.settings"}
+    found = {name for name, found in imported.items() if found["trainer"]}
+    assert found == {"train", "seams.trainer", "seams.settings"}
 
 
 def test_help_does_not_wait_for_torch():

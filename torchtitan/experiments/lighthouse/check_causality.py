@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
     # Only now: --help should not wait for torch.
     from torchtitan.experiments.lighthouse.errors import exit_on_refusal
 
-    with exit_on_refusal("check_causality", status=2):
+    with exit_on_refusal("check_causality"):
         causal = check_and_write(options)
     if not causal:
         sys.exit(1)

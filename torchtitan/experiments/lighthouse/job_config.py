@@ -166,6 +166,9 @@ class Checkpoint(upstream.Checkpoint):
     and the last one of a stage is never deleted.
     """
 
+    interval_minutes: float = 0
+    """Save also when so many minutes have passed since the last save; 0: by steps alone (interval)"""
+
     verify: Literal["digest", "size", "off"] = "digest"
     """
     What is compared with a checkpoint's manifest before it is loaded: the content of every file, which is read once

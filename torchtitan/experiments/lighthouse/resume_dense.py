@@ -46,7 +46,7 @@ def resume(options: argparse.Namespace, overrides: list[str]) -> None:
     """
     from dataclasses import asdict
 
-    from torchtitan.experiments.lighthouse.runs import contract, launch, next_stage
+    from torchtitan.experiments.lighthouse.runs import contract, launch, lock, next_stage
 
     before = contract.find_stage_before(options.before, options.verify)
     folder = options.dump_folder or next_stage.default_folder(before, options.attention, options.seq_len)
@@ -75,6 +75,7 @@ def resume(options: argparse.Namespace, overrides: list[str]) -> None:
         print(f"# {file} would hold:\n{toml}\n{launch.as_line(command)}", flush=True)
         return
     if processes.node_rank in (0, None):
+        lock.refuse_if_held(folder)
         next_stage.prepare(file, toml, folder / merged.checkpoint.folder if newest is None else None)
     else:
         next_stage.wait_until_prepared(file, toml)

@@ -66,6 +66,7 @@ RANGES = {
     "training.dataloader.num_workers": NOT_NEGATIVE,
     "training.dataloader.prefetch_factor": COUNT,
     "checkpoint.interval": COUNT,
+    "checkpoint.interval_minutes": NOT_NEGATIVE,
     "checkpoint.keep_latest_k": NOT_NEGATIVE,
     "checkpoint.load_step": Range(0, special=-1),
     "activation_checkpoint.memory_budget": SHARE,

@@ -11,6 +11,7 @@ use_cpu_without_accelerator()
 
 import math
 import os
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -21,16 +22,20 @@ import torch
 import torchtitan.experiments.lighthouse.train_spec  # noqa: F401  registers the model
 from torch import Tensor
 from torchtitan.components.checkpoint import CheckpointManager
-from torchtitan.experiments.lighthouse.job_config import check_degrees
+from torchtitan.experiments.lighthouse.data.tokenizer import build_tokenizer
+from torchtitan.experiments.lighthouse.errors import Refused, as_refusal
+from torchtitan.experiments.lighthouse.job_config import MergedConfig, check_degrees
 from torchtitan.experiments.lighthouse.loss import Processed, with_labels
 from torchtitan.experiments.lighthouse.metrics import LighthouseMetricsProcessor
 from torchtitan.experiments.lighthouse.model.model import LighthouseTransformer, dense_attention
-from torchtitan.experiments.lighthouse.runs import contract, saving
+from torchtitan.experiments.lighthouse.runs import contract, lock, saving
 from torchtitan.experiments.lighthouse.runs.checkpoints import complete_checkpoints_in
 from torchtitan.experiments.lighthouse.runs.records import number_of, stage_of
+from torchtitan.experiments.lighthouse.runs.settings import model_arguments
+from torchtitan.experiments.lighthouse.runs.stopping import Requests
 from torchtitan.experiments.lighthouse.seams import trainer as seam
+from torchtitan.experiments.lighthouse.seams.settings import main
 from torchtitan.tools.logging import logger
-from torchtitan.train import main
 
 
 class LighthouseTrainer(seam.HookedTrainer):
@@ -39,9 +44,16 @@ class LighthouseTrainer(seam.HookedTrainer):
 
     def check_before_build(self) -> None:
         if "WORLD_SIZE" not in os.environ:
-            raise RuntimeError("no WORLD_SIZE: start with torchrun --nproc_per_node GPUS -m torchtitan.experiments.…")
+            raise Refused(
+                "no WORLD_SIZE: start with torchrun --nproc_per_node GPUS -m torchtitan.experiments.lighthouse.train"
+            )
         world_size = int(os.environ["WORLD_SIZE"])
-        check_degrees(self.job_config.parallelism, world_size)
+        with as_refusal():
+            check_degrees(self.job_config.parallelism, world_size)
+            contract.check_context(self.job_config)
+        check_tokenizer(self.job_config)
+        if os.environ.get("RANK") == "0":
+            lock.hold(Path(self.job_config.job.dump_folder))
         origin = self.job_config.lighthouse.stage1_checkpoint
         # Once a stage has a checkpoint of its own, it continues that one, and the one that it came from may be gone.
         starts = not complete_checkpoints_in(Path(self._checkpoint_folder()))
@@ -62,6 +74,16 @@ class LighthouseTrainer(seam.HookedTrainer):
             return nullcontext()
         cast(LighthouseMetricsProcessor, self.metrics_processor).dense_steps += 1
         return dense_attention(self.model_parts)
+
+    def end_step(self) -> None:
+        """Save where a number of minutes has passed; save and stop where some rank was asked to."""
+        minutes = self.job_config.checkpoint.interval_minutes
+        late = bool(minutes) and time.monotonic() - self._saved_at > 60 * minutes
+        stop, save = self._requests.exchange(save=late)
+        if stop and self.should_continue_training():
+            logger.info(f"Asked to stop: step {self.step} is the last one for now. The same command goes on from here.")
+            type(self).stopped_early = True
+        cast(saving.SoundCheckpoints, self.checkpointer).due = save or self.stopped_early
 
     def post_dataloading_process(self, *args: Any) -> Processed:
         return with_labels(super().post_dataloading_process(*args), self.parallel_dims)
@@ -84,6 +106,7 @@ class LighthouseTrainer(seam.HookedTrainer):
             self._refuse_nonfinite(self._unchecked)
 
     def check_before_save(self) -> None:
+        self._saved_at = time.monotonic()
         self._refuse_nonfinite(self._unchecked)
 
     def _refuse_nonfinite(self, unchecked: tuple[int, Tensor, torch.Event | None] | None) -> None:
@@ -104,6 +127,7 @@ class LighthouseTrainer(seam.HookedTrainer):
     def check_loaded(self) -> None:
         for part in cast(list[LighthouseTransformer], self.model_parts):
             part.trainer_runs_dense_steps = True
+        self._requests, self._saved_at = Requests(), time.monotonic()
         if self.step == 0 and self.job_config.lighthouse.stage1_checkpoint:
             contract.refuse_unloaded(self.job_config, self._checkpoint_folder())
 
@@ -113,17 +137,15 @@ class LighthouseTrainer(seam.HookedTrainer):
         if self.step == 0:
             return
         logger.info(f"Resuming after step {self.step}")
-        saved, scheduled = seam.learning_rates(self)
+        rate = self.lr_schedulers.schedulers[0].get_last_lr()[0]
         logger.info(
-            f"{stage} starts after step {self.step:,}, {seam.tokens_seen_by_all(self):,} tokens seen; "
-            f"learning rate {saved:.4e} before (in the checkpoint), {scheduled:.4e} after (by this schedule)"
+            f"{stage} starts after step {self.step:,}, {seam.tokens_seen_by_all(self):,} tokens seen; learning rate "
+            f"{rate:.4e}"
         )
+        for name, before, now in self.changed_settings:
+            logger.info(f"Not as in the checkpoint: {name} {before} → {now}")
         if origin := config.lighthouse.stage1_checkpoint:
             logger.info(f"Stage {number_of(stage) - 1} checkpoint: {origin}")
-        if not math.isclose(saved, scheduled, rel_tol=1e-6):
-            logger.warning(
-                "The learning rate jumps here: optimizer.lr or [lr_scheduler] differ from those of the checkpoint."
-            )
 
     def _log_layers(self) -> None:
         config, n_layers = self.job_config, self.model_args.n_layers
@@ -141,6 +163,24 @@ class LighthouseTrainer(seam.HookedTrainer):
 
     def _checkpoint_folder(self) -> str:
         return os.path.join(self.job_config.job.dump_folder, self.job_config.checkpoint.folder)
+
+
+def check_tokenizer(config: MergedConfig) -> None:
+    """Whether there is a tokenizer, and the model has a row for each of its tokens.
+
+    Raises:
+        Refused: if not. (Upstream would fail in the first step, on a GPU by an assertion there.)
+    """
+    folder, rows = config.model.hf_assets_path, model_arguments(config).vocab_size
+    try:
+        tokens = build_tokenizer(config).get_vocab_size()
+    except FileNotFoundError as error:
+        raise Refused(f"model.hf_assets_path={folder!r}: {error}") from error
+    if tokens > rows:
+        raise Refused(
+            f"model.hf_assets_path={folder!r}: its tokenizer has {tokens:,} tokens, but the model, "
+            f"{config.model.flavor!r}, has rows for {rows:,} only; nearest valid value: a model with {tokens:,} rows"
+        )
 
 
 if __name__ == "__main__":

@@ -258,10 +258,10 @@ def refuse_unloaded(settings: MergedConfig, checkpoint_folder: str) -> None:
     """A next stage that starts at step 0 has loaded nothing: upstream goes on from random weights in silence.
 
     Raises:
-        RuntimeError: always.
+        Refused: always.
     """
     stage = f"Stage {stage_number_of(asdict(settings))}"
-    raise RuntimeError(
+    raise Refused(
         f"{stage} loaded no checkpoint: {checkpoint_folder} exists but holds no complete one, so "
         f"{settings.lighthouse.stage1_checkpoint} was not read and training would start from random "
         f"weights. Start {stage} with scripts/resume_dense.py, which sets the unfinished folder aside."

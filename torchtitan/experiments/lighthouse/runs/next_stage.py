@@ -13,7 +13,7 @@ from typing import Any, Literal, cast
 
 import tomli_w
 from torchtitan.config import ConfigManager, JobConfig
-from torchtitan.experiments.lighthouse.errors import Refused
+from torchtitan.experiments.lighthouse.errors import Refused, as_refusal
 from torchtitan.experiments.lighthouse.job_config import MergedConfig, without_none
 from torchtitan.experiments.lighthouse.runs.checkpoints import (
     CONFIG_FILE,
@@ -22,6 +22,8 @@ from torchtitan.experiments.lighthouse.runs.checkpoints import (
     step_of,
 )
 from torchtitan.experiments.lighthouse.runs.contract import StageBefore, attention_of, stage_number_of
+from torchtitan.experiments.lighthouse.runs.lock import LOCK_FILE
+from torchtitan.experiments.lighthouse.settings_rules import check_settings
 
 Attention = Literal["dense", "lighthouse"]
 
@@ -126,10 +128,10 @@ def merge(toml: str, changes: list[str]) -> MergedConfig:
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "settings.toml"
         file.write_text(toml)
-        merged = ConfigManager().parse_args(["--job.config_file", str(file), *changes])
-        return cast(
-            MergedConfig, merged
-        )  # The stage before has a [lighthouse] section, and names the module that adds it
+        with as_refusal():
+            merged = ConfigManager().parse_args(["--job.config_file", str(file), *changes])
+        check_settings(merged)
+        return cast(MergedConfig, merged)  # the stage before has a [lighthouse] section, and names its module
 
 
 def check_overrides(before: StageBefore, config: dict[str, Any], merged: MergedConfig) -> None:
@@ -173,7 +175,7 @@ def newest_step_in(folder: Path, before: StageBefore, settings: MergedConfig) ->
         raise Refused(
             f"--dump-folder {folder} is {before.name}'s own: {this} needs another, so that {before.name} stays whole"
         )
-    others = [path for path in folder.glob("*") if path.name != before.settings_file]
+    others = [path for path in folder.glob("*") if path.name not in (before.settings_file, LOCK_FILE)]
     if not others:
         return None
     config_file = folder / CONFIG_FILE

@@ -150,6 +150,8 @@ class HookedCheckpoints(CheckpointManager):
     folder: str
     #: In the table of contents of each checkpoint.
     mark = ""
+    #: Whether the next call of ``save`` is to save, whatever the interval.
+    due = False
     _last_save = False
     _saving: Path | None = None
 
@@ -203,6 +205,10 @@ class HookedCheckpoints(CheckpointManager):
             return super().load(-1)
         finally:
             self.folder = folder
+
+    def _should_save(self, curr_step: int, last_step: bool = False) -> bool:
+        due, self.due = self.due, False
+        return super()._should_save(curr_step, last_step or due)
 
     def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool) -> None:
         if from_hf:

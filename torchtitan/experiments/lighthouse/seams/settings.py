@@ -15,6 +15,8 @@ import torchtitan.train as upstream
 from torchtitan.config import ConfigManager
 from torchtitan.experiments.lighthouse.errors import Refused, as_refusal, exit_on_refusal
 from torchtitan.experiments.lighthouse.job_config import MergedConfig
+from torchtitan.experiments.lighthouse.runs.stopping import STOPPED
+from torchtitan.experiments.lighthouse.seams.trainer import HookedTrainer
 from torchtitan.experiments.lighthouse.settings_rules import check_settings
 
 #: Of Linux's prctl: the signal for this process when its parent is gone.
@@ -53,7 +55,7 @@ def die_with_launcher() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def main(trainer: type[upstream.Trainer]) -> None:
+def main(trainer: type[HookedTrainer]) -> None:
     """Upstream's entry point. What is refused before there is a process group is the same on all ranks: one says it."""
 
     def another_says_it() -> bool:
@@ -68,3 +70,5 @@ def main(trainer: type[upstream.Trainer]) -> None:
         as_module: Any = upstream
         as_module.ConfigManager = CheckedConfigManager  # its ``main`` makes one
         upstream.main(trainer)
+    if trainer.stopped_early:
+        sys.exit(STOPPED)

@@ -13,6 +13,7 @@ from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.experiments.lighthouse.job_config import MergedConfig
+from torchtitan.experiments.lighthouse.seams.optimizer import apply_settings, settings_of
 from torchtitan.tools.logging import logger
 
 Batch = tuple[dict[str, Tensor], Tensor]
@@ -39,6 +40,12 @@ class HookedTrainer(upstream.Trainer):
 
     job_config: MergedConfig
 
+    #: Whether training was asked to stop, and has stopped, before ``training.steps``; the same on all ranks.
+    stopped_early = False
+
+    #: What of the optimizer is not as in the loaded checkpoint: setting, value there, value from now on.
+    changed_settings: list[tuple[str, Any, Any]]
+
     def check_before_build(self) -> None:
         """Before anything is built: the settings are there, no process group and no device yet."""
 
@@ -56,6 +63,9 @@ class HookedTrainer(upstream.Trainer):
         """Entered before the first micro-batch of ``step``, left after its update; validation is outside."""
         return nullcontext()
 
+    def end_step(self) -> None:
+        """After ``around_step``, before the step's checkpoint, if one is due, is written."""
+
     def check_before_optimizer_step(self) -> None:
         """Gradients are there and clipped; ``step_losses`` holds the losses of the step's micro-batches."""
 
@@ -68,6 +78,7 @@ class HookedTrainer(upstream.Trainer):
         self.check_before_build()
         with _checkpoints_by(self.checkpoint_manager()):
             super().__init__(job_config)
+        self._optimizer_settings = settings_of(self.optimizers)
         self.optimizers.register_step_pre_hook(lambda *_: self.check_before_optimizer_step())
         if self.parallel_dims.world_size == 1:
             # Upstream has just added autocast, and said so.
@@ -79,6 +90,10 @@ class HookedTrainer(upstream.Trainer):
     def train_step(self, data_iterator: Iterator[Batch]) -> None:
         with self.around_step():
             super().train_step(data_iterator)
+        self.end_step()
+
+    def should_continue_training(self) -> bool:
+        return super().should_continue_training() and not self.stopped_early
 
     def forward_backward_step(self, **kwargs: Any) -> Tensor:
         loss = super().forward_backward_step(**kwargs)
@@ -92,6 +107,7 @@ class HookedTrainer(upstream.Trainer):
 
     def batch_generator(self, data_iterable: Iterable[Batch]) -> Iterator[Batch]:
         # Upstream asks for the batches right after it has loaded a checkpoint, or has not.
+        self.changed_settings = apply_settings(self._optimizer_settings, self.optimizers, self.lr_schedulers)
         self.check_loaded()
         self.log_start()
         return on_host(super().batch_generator(data_iterable))
@@ -123,13 +139,6 @@ def gradient_norm(trainer: upstream.Trainer) -> Tensor:
     parameters = [p for part in trainer.model_parts for p in part.parameters()]
     pp_mesh = trainer.parallel_dims.get_optional_mesh("pp")
     return dist_utils.clip_grad_norm_(parameters, float("inf"), foreach=True, pp_mesh=pp_mesh)
-
-
-def learning_rates(trainer: upstream.Trainer) -> tuple[float, float]:
-    """Of the loaded checkpoint, and of this run's schedule at the same step; equal where a schedule goes on."""
-    scheduler = trainer.lr_schedulers.schedulers[0]
-    base, schedule = scheduler.base_lrs[0], scheduler.lr_lambdas[0]
-    return scheduler.get_last_lr()[0], base * schedule(scheduler.last_epoch)
 
 
 def tokens_seen_by_all(trainer: upstream.Trainer) -> int:
