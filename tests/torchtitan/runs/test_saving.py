@@ -209,7 +209,9 @@ def test_a_step_saved_again_is_the_old_or_the_new_one_wherever_it_is_cut_off(pla
 def test_a_save_that_was_whole_gets_its_name(tmp_path, log):
     save(manager(tmp_path), 1, 2)
     (tmp_path / "checkpoint/step-2").rename(tmp_path / "checkpoint/saving-2")
+    (tmp_path / "checkpoint/step-2").mkdir()  # which another program has not finished
     assert loaded_step(tmp_path) == 2 and "it gets it now" in log.text
+    assert names(tmp_path) == ["step-1", "step-2"]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

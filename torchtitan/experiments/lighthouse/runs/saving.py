@@ -251,9 +251,10 @@ def tidy(folder: Path) -> None:
     """Finish or undo, in the folder of checkpoints, what a kill has interrupted."""
     for path in _numbered(folder, "saving"):
         target = folder / f"step-{number_of(path)}"
-        if (path / manifest.MANIFEST_FILE).exists() and damage_in(path, "size") is None and not target.exists():
+        whole = (path / manifest.MANIFEST_FILE).exists() and damage_in(path, "size") is None
+        if whole and not is_complete(target):
             logger.warning(f"{target} was saved whole and killed before it got its name: it gets it now")
-            path.rename(target)
+            manifest.put_in_place(path, target, _free_name(folder, f"replaced-{step_of(target)}"))
         else:
             logger.warning(f"{path}: this save did not finish; removed")
             shutil.rmtree(path, ignore_errors=True)

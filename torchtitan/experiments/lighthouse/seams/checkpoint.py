@@ -53,7 +53,6 @@ class DigestingStream(io.BufferedWriter):
     def __init__(self, path: Path) -> None:
         super().__init__(io.FileIO(path, "wb"))
         self.digest = xxh3_128()
-        self.failure: OSError | None = None
         self._digesting = ThreadPoolExecutor(1, "digest")
 
     def write(self, data: Any) -> int:
@@ -64,9 +63,6 @@ class DigestingStream(io.BufferedWriter):
             digested = self._digesting.submit(self.digest.update, data)
         try:
             return super().write(data)
-        except OSError as error:
-            self.failure = error
-            raise
         finally:
             if digested is not None:
                 digested.result()  # torch takes the bytes back
@@ -89,13 +85,8 @@ class DigestingFiles(FileSystem):
                 yield plain
             return
         path = Path(path)
-        stream = DigestingStream(path)
-        try:
-            with stream:
-                yield stream
-        except Exception as error:
-            # torch makes another error of it, which says nothing of the disk.
-            raise stream.failure or error from error
+        with DigestingStream(path) as stream:
+            yield stream
         self.written[path.name] = path.stat().st_size, stream.digest.hexdigest()
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
@@ -249,7 +240,7 @@ class HookedCheckpoints(CheckpointManager):
         self._saving = folder
         with self._explained(folder):
             if async_mode == AsyncMode.ASYNC:
-                # Named, or torch would take the writer's own, which does not copy what is on the CPU already.
+                # As upstream has it. Unnamed, the writer itself would be the stager, of a kind that torch has replaced.
                 stager = DefaultStager(StagingOptions(False, False, False, False))
                 saved = state_dict_saver.async_save(
                     state, storage_writer=writer, process_group=self.pg, async_stager=stager
