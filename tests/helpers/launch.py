@@ -122,7 +122,11 @@ def next_batches(
     checkpoint: dict | None, dp_rank: int, dp_world_size: int, local_batch_size: int = 1, seq_len: int = 1024
 ) -> list[torch.Tensor]:
     """The three batches that a run resumed from this checkpoint (None: from scratch) would train on next."""
-    settings = SMALL | {"training.local_batch_size": str(local_batch_size), "training.seq_len": str(seq_len)}
+    settings = SMALL | {
+        "training.local_batch_size": str(local_batch_size),
+        "training.global_batch_size": str(local_batch_size * dp_world_size),
+        "training.seq_len": str(seq_len),
+    }
     config = ConfigManager().parse_args(["--job.config_file", str(CONFIG), *flags(settings)])
     loader = get_train_spec("lighthouse").build_dataloader_fn(
         dp_world_size=dp_world_size, dp_rank=dp_rank, tokenizer=build_tokenizer(config), job_config=config

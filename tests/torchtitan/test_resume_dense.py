@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 from torchtitan.experiments.lighthouse import report, resume_dense
-from torchtitan.experiments.lighthouse.errors import Refused
-from torchtitan.experiments.lighthouse.runs import launch, next_stage
+from torchtitan.experiments.lighthouse.errors import REFUSED, Refused
+from torchtitan.experiments.lighthouse.runs import contract, launch, next_stage
 from torchtitan.experiments.lighthouse.runs.contract import StageBefore
 from torchtitan.experiments.lighthouse.runs.settings import read_settings
 
@@ -58,8 +58,8 @@ def contents(folder: Path) -> dict[str, tuple[int, int]]:
 def refusal(capsys, *words) -> str:
     with pytest.raises(SystemExit) as stop:
         resume_dense.main([*map(str, words), "--dry-run"] if "--" not in words else list(map(str, words)))
-    assert isinstance(stop.value.code, str) and stop.value.code.startswith("resume_dense: ")
-    return stop.value.code
+    assert stop.value.code == REFUSED and str(stop.value).startswith("resume_dense: ")
+    return str(stop.value)
 
 
 def test_stage_2_takes_everything_over_and_survives_interruption(stage1, tmp_path):
@@ -133,12 +133,15 @@ def test_a_chain_changes_attention_and_context_and_keeps_all_else(short, tmp_pat
     assert losses(middle) == {step: losses(manual)[step] for step in (3, 4)}
     assert_same_training_state(ours, theirs)
 
-    # A sequence takes one token more than its length, the last label; the next one begins with the very next token.
-    (stream, *_), taken = next_batches(None, 0, 1, seq_len=20_000), 0
-    for folder, step, tokens in ((short, 2, 2 * 4 * 513), (middle, 4, 2 * 2049), (last, 6, 2 * 2049)):
-        taken += tokens
-        (batch, *_) = next_batches(load_checkpoint(folder / f"checkpoint/step-{step}", tmp_path / folder.name), 0, 1)
-        assert batch[0].tolist() == stream[0, taken : taken + 1024].tolist()
+    # A sequence takes one token more than its length, the last label; the next one begins with the very next token of
+    # its stream. Short sequences come from all four of them, long ones from one after the other.
+    (streams, *_), taken = next_batches(None, 0, 1, local_batch_size=4, seq_len=20_000), [0] * 4
+    for folder, step, of, tokens in ((short, 2, range(4), 2 * 513), (middle, 4, (0, 1), 2049), (last, 6, (2, 3), 2049)):
+        for stream in of:
+            taken[stream] += tokens
+        batches = next_batches(load_checkpoint(folder / f"checkpoint/step-{step}", tmp_path / folder.name), 0, 1)
+        for stream, batch in enumerate(batches, start=(of[-1] + 1) % 4):
+            assert batch[0].tolist() == streams[stream % 4, taken[stream % 4] :][:1024].tolist()
 
     report.main([*map(str, (short, middle, last)), "--output", str(tmp_path / "report")])
     text = (tmp_path / "report/summary.md").read_text()
@@ -161,8 +164,13 @@ def test_a_chain_changes_attention_and_context_and_keeps_all_else(short, tmp_pat
          r"seq_len=2048 with 4 sequence.* value: training.global_batch_size 1, which --seq-len 2048 sets"),
         (["--seq-len", "1024", "--", "--training.local_batch_size", "3"],
          r"local_batch_size=3: must divide the 2 sequence\(s\) .*; nearest valid value: 2"),
-        (["--seq-len", "1024", "--", "--training.dataloader.num_workers", "1"],
-         "different data workers: training.dataloader.num_workers is 0 in Stage 1 and 1 here"),
+        (["--seq-len", "1024", "--torchrun", "--standalone --nproc_per_node 3"],
+         r"make 3 data-parallel rank\(s\), which must divide the 4 streams of the checkpoint's data position and the 2 "
+         r"sequence\(s\) of a step; nearest valid value: 2 process\(es\)\. To give the data position up"),
+        (["--attention", "lighthouse", "--torchrun", "--standalone --nproc_per_node 3"], "value: 2 or 4 process"),
+        (["--seq-len", "2048", "--torchrun", "--standalone --nproc_per_node 2"], "2 data-parallel.*value: 1 process"),
+        (["--attention", "lighthouse", "--torchrun", "--standalone --nproc_per_node 2", "--",
+          "--training.global_batch_size", "8"], "seq_len=512 with 8 sequence.*: training.global_batch_size 4"),
         (["--seq-len", "1024", "--", "--lighthouse.stage", "7"], "lighthouse.stage must stay 2 in Stage 2"),
         (["--seq-len", "1024", "--", "--validation.enable", "--validation.seq_len", "2048"],
          "cannot be built: validation.seq_len=2048: must be at most training.seq_len=1024"),
@@ -191,6 +199,17 @@ def test_the_batch_sizes_follow_the_context(seq_len, local, sequences, short, ca
         seq_len, local, sequences,
     )  # fmt: skip
     assert f"in {short}_dense_{seq_len}, 1 process(es)" in printed
+
+
+@pytest.mark.parametrize(("processes", "local"), [(1, 4), (2, 2), (4, 1)])
+def test_any_number_of_processes_that_divides_the_streams_goes_on(processes, local, short, capsys):
+    """With as many tokens per step, also where the stage before took as many as its processes held."""
+    torchrun = ["--torchrun", f"--standalone --nproc_per_node {processes}"]
+    resume_dense.main([str(short), "--attention", "lighthouse", *torchrun, "--dry-run"])
+    printed = capsys.readouterr().out
+    settings = tomllib.loads(printed.partition("stage2.toml would hold:\n")[2].rpartition("\n\n")[0])
+    assert settings["training"]["local_batch_size"] == local
+    assert settings["training"]["global_batch_size"] == (-1 if processes == 1 else 4)
 
 
 def test_batches_that_do_not_fit_at_once_are_accumulated(short, tmp_path):
@@ -372,13 +391,35 @@ def test_refuses_an_architecture_that_changed_under_the_same_name(copy, capsys, 
     assert re.search(r"output\.weight is \(320, 128\) in .* and \(384, 128\)", refusal(capsys, copy))
 
 
-def test_refuses_another_data_parallel_size_unless_told_to_drop_the_position(copy, capsys):
+def test_another_number_of_processes_may_drop_the_position(copy, capsys):
     two = ["--torchrun", "--standalone --nproc_per_node 2", "--dry-run"]
-    message = refusal(capsys, copy, *two)
-    assert "different data-parallel size" in message and "1 data-parallel rank(s)" in message and "make 2" in message
-    resume_dense.main([str(copy), *two, "--", "--checkpoint.exclude_from_loading", "dataloader"])
+    assert "nearest valid value: 1 process(es). To give the data position up: -- --che" in refusal(capsys, copy, *two)
+    drop = ["--", "--checkpoint.exclude_from_loading", "dataloader"]
+    message = "training.global_batch_size=1: must be a multiple of the 2 data-parallel rank(s); nearest valid value: 2"
+    assert message in refusal(capsys, copy, *two, *drop)
+    resume_dense.main([str(copy), *two, *drop, "--training.global_batch_size", "2"])
     assert "2 process(es)" in capsys.readouterr().out
     assert "plain numbers" in refusal(capsys, copy, "--torchrun", "--nnodes 1:4 --nproc_per_node 8")
+
+
+def test_the_data_position_of_an_older_version_belongs_to_its_readers(copy, monkeypatch, capsys):
+    """As it did when it was saved: to data-parallel ranks and data workers."""
+    before = contract.find_stage_before(copy)
+    assert before.position and before.data_parallel_size == 1
+    keys = [key for key in before.metadata.state_dict_metadata if not key.startswith("dataloader.")]
+    metadata = SimpleNamespace(
+        state_dict_metadata=dict.fromkeys([*keys, *(f"dataloader.dp_rank_{r}" for r in range(2))])
+    )
+    older = contract.StageBefore(before.config, before.checkpoint, metadata)
+    assert older.position is None and older.data_parallel_size == 2
+    monkeypatch.setattr(contract, "find_stage_before", lambda *_, **__: older)
+    monkeypatch.setattr(contract, "_check_shapes", lambda *_: None)
+    one = refusal(capsys, copy, "--torchrun", "--nproc_per_node 1")
+    assert "an older version saved" in one and "that of 2 data-parallel rank(s); 1 process(es)" in one
+    workers = refusal(capsys, copy, "--dry-run", "--", "--training.dataloader.num_workers", "1")
+    assert "different data workers: training.dataloader.num_workers is 0 in Stage 1 and 1 here" in workers
+    resume_dense.main([str(copy), "--dry-run"])
+    assert "2 process(es)" in capsys.readouterr().out
 
 
 def test_refuses_lengths_that_the_schedule_does_not_cover(copy, capsys):
@@ -412,7 +453,8 @@ def test_on_several_nodes_one_process_prepares_the_folder(copy, tmp_path, monkey
     def on_node(rank: int) -> None:
         launcher = f"--nnodes 2 --nproc_per_node 1 --node_rank {rank} --rdzv_backend c10d --rdzv_endpoint host:29500"
         words = ["--dump-folder", str(folder), "--torchrun", launcher]
-        resume_dense.main([str(copy), *words, "--", "--checkpoint.exclude_from_loading", "dataloader"])
+        dropped = ["--training.global_batch_size", "2", "--checkpoint.exclude_from_loading", "dataloader"]
+        resume_dense.main([str(copy), *words, "--", *dropped])
 
     monkeypatch.setattr(next_stage, "PATIENCE_SECONDS", 0.5)
     before = contents(folder)

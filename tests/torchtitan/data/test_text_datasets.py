@@ -1,4 +1,5 @@
-"""Our datasets, read through the trainer's loaders: packing, resume, sharding, errors and retries."""
+"""Our datasets, and the loader of validation and of older runs, which gives each rank documents of its own: packing,
+resume, sharding, errors and retries."""
 
 import gzip
 import json
@@ -69,7 +70,7 @@ def loader(
     config.training.dataset, config.training.dataset_path = dataset, str(path)
     config.training.seq_len, config.training.local_batch_size = seq_len, batch
     config.training.dataloader.num_workers = workers
-    return text_datasets.build_dataloader(ranks, rank, build_tokenizer(config), config, infinite)
+    return text_datasets.build_rank_dataloader(config.training, ranks, rank, build_tokenizer(config), infinite)
 
 
 def take(batches: Iterable, count: int | None = None) -> list[Batch]:
@@ -140,10 +141,7 @@ def test_unnamed_files_of_every_kind_are_for_training_alone(tmp_path: Path) -> N
 
 def test_stdlib_is_whole_disjoint_and_steady() -> None:
     train, validation = (upstream.DATASETS[name] for name in ("stdlib", "stdlib_validation"))
-    listed = [
-        list(config.loader(config.path)._ex_iterable.kwargs["files"])
-        for config in (train, validation, train, validation)
-    ]
+    listed = [config.loader.files(config.path) for config in (train, validation, train, validation)]
     assert listed[:2] == listed[2:]
     names = [set(files) for files in listed[:2]]
     assert not names[0] & names[1]

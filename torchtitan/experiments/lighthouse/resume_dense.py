@@ -50,9 +50,10 @@ def resume(options: argparse.Namespace, overrides: list[str]) -> None:
 
     before = contract.find_stage_before(options.before, options.verify)
     folder = options.dump_folder or next_stage.default_folder(before, options.attention, options.seq_len)
-    config = next_stage.next_settings(before, folder, options.total_steps, options.attention, options.seq_len)
     torchrun = options.torchrun or launch.one_node(before.world_size)
     processes = launch.read_torchrun(torchrun)
+    ranks = max(1, processes.world_size // contract.model_parallel_size(before.config))
+    config = next_stage.next_settings(before, folder, options.total_steps, options.attention, options.seq_len, ranks)
     toml = next_stage.as_toml(config)
     changes = [*next_stage.explicit_none(config), *overrides]
     merged = next_stage.merge(toml, changes)

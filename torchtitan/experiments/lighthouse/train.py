@@ -22,6 +22,7 @@ import torch
 import torchtitan.experiments.lighthouse.train_spec  # noqa: F401  registers the model
 from torch import Tensor
 from torchtitan.components.checkpoint import CheckpointManager
+from torchtitan.experiments.lighthouse.data.stream_loader import StreamLoader
 from torchtitan.experiments.lighthouse.data.tokenizer import build_tokenizer
 from torchtitan.experiments.lighthouse.errors import Refused, as_refusal
 from torchtitan.experiments.lighthouse.job_config import MergedConfig, check_degrees
@@ -128,6 +129,12 @@ class LighthouseTrainer(seam.HookedTrainer):
         for part in cast(list[LighthouseTransformer], self.model_parts):
             part.trainer_runs_dense_steps = True
         self._requests, self._saved_at = Requests(), time.monotonic()
+        if isinstance(self.dataloader, StreamLoader):
+            # Upstream's count is that of one rank, and there may be another number of ranks now.
+            if self.dataloader.resumed:
+                self.ntokens_seen = self.dataloader.tokens_seen_by_rank
+            else:
+                self.dataloader.tokens_seen = seam.tokens_seen_by_all(self)
         if self.step == 0 and self.job_config.lighthouse.stage1_checkpoint:
             contract.refuse_unloaded(self.job_config, self._checkpoint_folder())
 

@@ -6,8 +6,8 @@
     c4_local, c4_local_validation      a folder of .json(l), .json(l).gz or .parquet files
     stdlib, stdlib_validation          this Python's own .py files, which need no download
 
-All of them are one generator over a list of files, which Hugging Face `datasets` splits over the ranks and
-resumes to the exact record.
+All of them are a list of files. Training deals their documents out to streams (``streams``). Validation, and runs
+that an older version started, let Hugging Face `datasets` split them over the ranks.
 """
 
 import gzip
@@ -17,8 +17,8 @@ import json
 import re
 import sysconfig
 import time
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,10 +26,12 @@ from typing import Any, BinaryIO
 import fsspec
 import pyarrow.parquet
 from datasets import IterableDataset
-from torchtitan.components.dataloader import ParallelAwareDataloader
+from torchtitan.components.dataloader import BaseDataLoader, ParallelAwareDataloader
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.config import JobConfig
 from torchtitan.config.job_config import Training, Validation
+from torchtitan.experiments.lighthouse.data.stream_loader import StreamLoader
+from torchtitan.experiments.lighthouse.data.streams import Documents
 from torchtitan.experiments.lighthouse.errors import DataError
 from torchtitan.experiments.lighthouse.seams.dataset import ResumableTextDataset
 from torchtitan.hf_datasets import DatasetConfig
@@ -50,36 +52,77 @@ class StreamingError(RuntimeError):
     """The network kept failing while a remote file was read."""
 
 
+@dataclass(frozen=True)
+class TextFiles:
+    """What upstream's registry calls a loader: from a dataset's path to its records."""
+
+    list_files: Callable[[str, str], list[str]]
+    """From path and split to the files, in their order."""
+    split: str
+
+    def files(self, path: str) -> list[str]:
+        return self.list_files(path, self.split)
+
+    def __call__(self, path: str) -> IterableDataset:
+        return _dataset(self.files(path))
+
+
 def register_datasets() -> None:
     """Add the datasets named above to upstream's registry, where datasets are looked up by name. Idempotent."""
     for split, suffix in (("train", ""), ("validation", "_validation")):
-        for name, path, loader in (
-            ("c4", "allenai/c4", _load_hub),
-            ("c4_local", "", _load_folder),
-            ("stdlib", sysconfig.get_paths()["stdlib"], _load_python_sources),
+        for name, path, list_files in (
+            ("c4", "allenai/c4", _list_hub),
+            ("c4_local", "", _list_folder),
+            ("stdlib", sysconfig.get_paths()["stdlib"], _list_python_sources),
         ):
             DATASETS[name + suffix] = DatasetConfig(
-                path=path, loader=partial(loader, split=split), sample_processor=encodable_text
+                path=path, loader=TextFiles(list_files, split), sample_processor=encodable_text
             )
 
 
 def build_dataloader(
     dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: JobConfig, infinite: bool = True
-) -> ParallelAwareDataloader:
-    """Batches of [training] for one data-parallel rank: ``({"input": [B, N] int64}, labels [B, N] int64)``."""
-    return _build(job_config.training, dp_world_size, dp_rank, tokenizer, infinite)
+) -> BaseDataLoader:
+    """Batches of [training] for one data-parallel rank: ``({"input": [B, N] int64}, labels [B, N] int64)``.
+
+    Their order does not depend on the number of ranks, except where another module has registered the dataset: that of
+    a dataset which is no ``TextFiles`` is upstream's.
+    """
+    section = job_config.training
+    by_rank = partial(build_rank_dataloader, section, dp_world_size, dp_rank, tokenizer, infinite)
+    registered = DATASETS.get(section.dataset.lower())
+    if registered is None or not isinstance(registered.loader, TextFiles):
+        return by_rank()  # Upstream refuses unknown names, and lists the others.
+    path = section.dataset_path or registered.path
+    logger.info(f"Preparing {section.dataset} dataset from {path}")
+
+    def read(file: str) -> Iterator[str]:
+        return map(registered.sample_processor, read_documents([file]))
+
+    return StreamLoader(
+        Documents(section.dataset, registered.loader.files(path), read, infinite),
+        partial(tokenizer.encode, add_bos=True, add_eos=True),
+        by_rank,
+        seq_len=section.seq_len,
+        batch_size=section.local_batch_size,
+        global_batch_size=section.global_batch_size,
+        rank=dp_rank,
+        ranks=dp_world_size,
+        workers=asdict(section.dataloader),
+    )
 
 
 def build_validation_dataloader(
     dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: JobConfig, infinite: bool = False
 ) -> ParallelAwareDataloader:
-    """As ``build_dataloader``, of [validation]."""
-    return _build(job_config.validation, dp_world_size, dp_rank, tokenizer, infinite)
+    """Batches of [validation], in an order that depends on the number of ranks."""
+    return build_rank_dataloader(job_config.validation, dp_world_size, dp_rank, tokenizer, infinite)
 
 
-def _build(
+def build_rank_dataloader(
     section: Training | Validation, dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, infinite: bool
 ) -> ParallelAwareDataloader:
+    """Each rank packs documents of its own, one after the other: upstream's way, and that of older runs."""
     # Upstream's builders cannot be told which dataset class to build.
     dataset = ResumableTextDataset(
         dataset_name=section.dataset,
@@ -102,8 +145,8 @@ def encodable_text(sample: dict[str, Any]) -> str:
 # Where the files are
 
 
-def _load_hub(path: str, split: str) -> IterableDataset:
-    """Stream a Hub dataset repository laid out like allenai/c4.
+def _list_hub(path: str, split: str) -> list[str]:
+    """The shards of a Hub dataset repository laid out like allenai/c4.
 
     Raises:
         DataError: if `path` is no repository id.
@@ -114,13 +157,11 @@ def _load_hub(path: str, split: str) -> IterableDataset:
             "for a local folder use the dataset 'c4_local'"
         )
     total = C4_SHARDS[split]
-    return _dataset(
-        [f"hf://datasets/{path}/en/c4-{split}.{index:05d}-of-{total:05d}.json.gz" for index in range(total)]
-    )
+    return [f"hf://datasets/{path}/en/c4-{split}.{index:05d}-of-{total:05d}.json.gz" for index in range(total)]
 
 
-def _load_folder(path: str, split: str) -> IterableDataset:
-    """Read the files of a local folder and its `en` subfolder that belong to `split`.
+def _list_folder(path: str, split: str) -> list[str]:
+    """The files of a local folder and its `en` subfolder that belong to `split`.
 
     Files named after a split belong to it. Where no file is named `*train*`, every file that is not named
     `*validation*` is for training.
@@ -149,11 +190,11 @@ def _load_folder(path: str, split: str) -> IterableDataset:
         files = [file for file in found if "validation" not in file.name]
     if not files:
         raise DataError(f"{root}: {len(found)} data files, but none of them is for {split} (named *{split}*)")
-    return _dataset([str(file) for file in files])
+    return [str(file) for file in files]
 
 
-def _load_python_sources(path: str, split: str) -> IterableDataset:
-    """Read the .py files below `path`, one document each; every 20th is for validation.
+def _list_python_sources(path: str, split: str) -> list[str]:
+    """The .py files below `path`, one document each; every 20th is for validation.
 
     Raises:
         DataError: if the folder is missing or holds no source for the split.
@@ -172,7 +213,7 @@ def _load_python_sources(path: str, split: str) -> IterableDataset:
     ]
     if not chosen:
         raise DataError(f"{root}: too few .py files ({len(ordered)}) for {split}")
-    return _dataset(chosen)
+    return chosen
 
 
 def _existing_folder(path: str) -> Path:

@@ -9,13 +9,22 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import io
 import math
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torchtitan.experiments.lighthouse.data.stream_loader import (
+    HEADER,
+    Header,
+    nearest_divisors,
+    ranks_in,
+    streams_in,
+)
 from torchtitan.experiments.lighthouse.errors import Refused
 from torchtitan.experiments.lighthouse.job_config import MergedConfig
 from torchtitan.experiments.lighthouse.runs.checkpoints import (
@@ -35,6 +44,11 @@ MUST_EQUAL = {
     "architecture": ("model.name", "model.flavor"),
     "dataset": ("training.dataset", "training.dataset_path"),
 }
+
+#: Before the keys of the data position in a checkpoint.
+POSITION = "dataloader."
+
+GIVE_UP = "To give the data position up: -- --checkpoint.exclude_from_loading dataloader"
 
 #: What the checkpoint must hold beside the weights.
 FULL_STATE = ("optimizer", "lr_scheduler", "dataloader", "train_state")
@@ -70,9 +84,14 @@ class StageBefore:
         """The file in the next stage's folder that the command writes."""
         return f"stage{self.number + 1}.toml"
 
+    @cached_property
+    def position(self) -> Header | None:
+        """None for a data position that an older version saved."""
+        return read_position(self.checkpoint, self.metadata)
+
     @property
     def data_parallel_size(self) -> int:
-        return sum(key.startswith("dataloader.dp_rank_") for key in self.metadata.state_dict_metadata)
+        return self.position.ranks if self.position else ranks_in(position_keys(self.metadata))
 
     @property
     def world_size(self) -> int:
@@ -80,6 +99,8 @@ class StageBefore:
 
     @property
     def tokens_per_step(self) -> int:
+        if self.position:
+            return self.position.tokens_per_step
         return tokens_per_step(self.config, self.data_parallel_size)
 
 
@@ -107,6 +128,22 @@ def find_stage_before(path: Path, verify: Verify = "digest") -> StageBefore:
     return before
 
 
+def position_keys(metadata: Metadata) -> list[str]:
+    """The keys of a checkpoint's data position, as the data loader knows them."""
+    return [key.removeprefix(POSITION) for key in metadata.state_dict_metadata if key.startswith(POSITION)]
+
+
+def read_position(checkpoint: Path, metadata: Metadata) -> Header | None:
+    """What the data position says of the run; None for one that an older version saved."""
+    if not streams_in(position_keys(metadata)):
+        return None
+    where = metadata.storage_data[MetadataIndex(POSITION + HEADER)]
+    with (checkpoint / where.relative_path).open("rb") as file:
+        file.seek(where.offset)
+        saved = file.read(where.length)
+    return Header.from_json(torch.load(io.BytesIO(saved), weights_only=True))
+
+
 def tokens_per_step(config: dict[str, Any], data_parallel_size: int) -> int:
     return sequences_per_step(config, data_parallel_size) * int(config["training"]["seq_len"])
 
@@ -122,8 +159,8 @@ def check_continuation(before: StageBefore, settings: MergedConfig, world_size: 
     """A stage with ``settings`` on ``world_size`` processes must train the same model on the same data.
 
     Raises:
-        Refused: naming what differs (architecture, tokenizer, dataset, data-parallel size, readers of the data, tokens
-            per step), what cannot be built at this context, or that nothing at all is new.
+        Refused: naming what differs (architecture, tokenizer, dataset, tokens per step), how many processes can go on
+            from the data position, what cannot be built at this context, or that nothing at all is new.
     """
     saved, after = before.config, asdict(settings)
 
@@ -141,10 +178,18 @@ def check_continuation(before: StageBefore, settings: MergedConfig, world_size: 
         refuse_difference("tokenizer", "model.hf_assets_path")
     refuse_difference("dataset", *MUST_EQUAL["dataset"])
     _refuse_the_same_again(before, after)
-    if "dataloader" not in settings.checkpoint.exclude_from_loading:
-        _check_readers(before, after, world_size)
-    if after["training"]["seq_len"] != saved["training"]["seq_len"]:
-        _check_tokens_per_step(before, settings, max(1, world_size // model_parallel_size(after)))
+    size = max(1, world_size // model_parallel_size(after))
+    same_size, keeps_position = size == before.data_parallel_size, True
+    if "dataloader" in settings.checkpoint.exclude_from_loading:
+        keeps_position = False
+    elif before.position is None:
+        _check_readers(before, after, size)
+    elif not same_size:
+        _check_ranks(before.position, after, size)
+    if after["training"]["seq_len"] != saved["training"]["seq_len"] or (keeps_position and not same_size):
+        _check_tokens_per_step(before, settings, size)
+    elif not same_size:
+        _check_local_batch(settings, size)
     try:
         check_context(settings)
     except ValueError as error:
@@ -166,22 +211,35 @@ def _refuse_the_same_again(before: StageBefore, after: dict[str, Any]) -> None:
         )
 
 
-def _check_readers(before: StageBefore, after: dict[str, Any], world_size: int) -> None:
-    """The data position is that of every reader: a worker process of a data-parallel rank."""
-    give_up = "or give up the data position with -- --checkpoint.exclude_from_loading dataloader"
+def _check_ranks(position: Header, after: dict[str, Any], size: int) -> None:
+    """Each rank reads as many streams, and takes as many sequences of a step."""
     model_parallel = model_parallel_size(after)
-    size, saved = world_size // model_parallel, before.data_parallel_size
+    sequences = position.tokens_per_step // max(1, after["training"]["seq_len"])
+    valid = math.gcd(position.streams, sequences)
+    if valid % size:
+        nearest = [size * model_parallel for size in nearest_divisors(valid, size)]
+        raise Refused(
+            f"{size * model_parallel} process(es), {model_parallel} per model replica, make {size} data-parallel "
+            f"rank(s), which must divide the {position.streams} streams of the checkpoint's data position and the "
+            f"{sequences} sequence(s) of a step; nearest valid value: {' or '.join(map(str, nearest))} process(es). "
+            f"{GIVE_UP}"
+        )
+
+
+def _check_readers(before: StageBefore, after: dict[str, Any], size: int) -> None:
+    """An older version's data position is that of every reader: a worker process of a data-parallel rank."""
+    model_parallel, saved = model_parallel_size(after), before.data_parallel_size
     if size != saved:
         raise Refused(
-            f"different data-parallel size: the checkpoint's data position is that of {saved} data-parallel rank(s), "
-            f"and {world_size} process(es) with {model_parallel} per model replica make {size}. Start "
-            f"{saved * model_parallel} process(es), {give_up}"
+            f"different data-parallel size: an older version saved the checkpoint, and its data position is that of "
+            f"{saved} data-parallel rank(s); {size * model_parallel} process(es) with {model_parallel} per model "
+            f"replica make {size}. Start {saved * model_parallel} process(es). {GIVE_UP}"
         )
     workers, here = (config["training"]["dataloader"]["num_workers"] for config in (before.config, after))
     if workers != here:
         raise Refused(
             f"different data workers: training.dataloader.num_workers is {workers} in {before.name} and {here} here, "
-            f"and the data position is that of {workers}. Leave it at {workers}, {give_up}"
+            f"and an older version saved the data position, which is that of {workers}. Leave it there. {GIVE_UP}"
         )
 
 
@@ -202,6 +260,17 @@ def _check_tokens_per_step(before: StageBefore, settings: MergedConfig, data_par
         raise Refused(
             f"training.seq_len={seq_len} with {sequences} sequence(s) per step: {rule}; nearest valid value: "
             f"training.global_batch_size {wanted // seq_len}, which --seq-len {seq_len} sets"
+        )
+    _check_local_batch(settings, data_parallel_size)
+
+
+def _check_local_batch(settings: MergedConfig, data_parallel_size: int) -> None:
+    training, sequences = settings.training, sequences_per_step(asdict(settings), data_parallel_size)
+    if sequences % data_parallel_size:
+        nearest = max(1, round(sequences / data_parallel_size)) * data_parallel_size
+        raise Refused(
+            f"training.global_batch_size={sequences}: must be a multiple of the {data_parallel_size} data-parallel "
+            f"rank(s); nearest valid value: {nearest}"
         )
     if sequences % (training.local_batch_size * data_parallel_size):
         batches = _divisors(sequences // data_parallel_size)

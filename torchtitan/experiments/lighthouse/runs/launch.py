@@ -70,8 +70,8 @@ def read_torchrun(torchrun: str) -> Processes:
     known, _ = parser.parse_known_args(shlex.split(torchrun))
     if not (known.nproc_per_node.isdigit() and known.nnodes.isdigit()):
         raise Refused(
-            f"--torchrun {torchrun!r}: --nnodes and --nproc_per_node must be plain numbers, because the data "
-            "position belongs to a number of processes"
+            f"--torchrun {torchrun!r}: --nnodes and --nproc_per_node must be plain numbers, because the batches are "
+            "shared out among a number of processes"
         )
     nodes = int(known.nnodes)
     rank = int(known.node_rank) if known.node_rank.isdigit() else None

@@ -49,12 +49,14 @@ def next_settings(
     total_steps: int | None,
     attention: Attention = "dense",
     seq_len: int | None = None,
+    ranks: int | None = None,
 ) -> dict[str, Any]:
     """The settings of the stage before, up to ``total_steps`` (default: where the schedule ends), from its checkpoint.
 
     Args:
         attention: of the next stage. Layers, top_k and the rest of [lighthouse] are those of the stage before.
         seq_len: its context (default: as before). The batch sizes follow, so that a step has as many tokens.
+        ranks: its data-parallel ranks (default: as before). The batch sizes follow too.
 
     Raises:
         Refused: if there is nothing left to train, or the schedule ends before ``total_steps``.
@@ -75,8 +77,11 @@ def next_settings(
         )
     config["lr_scheduler"]["total_steps"] = schedule
     config["training"]["steps"] = total_steps
-    if seq_len not in (None, config["training"]["seq_len"]):
-        config["training"] |= _batches_at(before, seq_len)
+    if seq_len in (None, config["training"]["seq_len"]):
+        if before.position and ranks not in (None, before.data_parallel_size):
+            config["training"] |= _batches_at(before, config["training"]["seq_len"], ranks)
+    else:
+        config["training"] |= _batches_at(before, seq_len, ranks)
     config["lighthouse"] |= {
         "enable": attention == "lighthouse",
         "stage": before.number + 1,
@@ -96,11 +101,11 @@ def next_settings(
     return config
 
 
-def _batches_at(before: StageBefore, seq_len: int) -> dict[str, int]:
+def _batches_at(before: StageBefore, seq_len: int, ranks: int | None = None) -> dict[str, int]:
     """Length and batch sizes for as many tokens per step. (Where none fit, ``check_continuation`` refuses these.)"""
     training = before.config["training"]
     sequences = max(1, before.tokens_per_step // max(1, seq_len))
-    per_rank = max(1, sequences // before.data_parallel_size)
+    per_rank = max(1, sequences // (ranks or before.data_parallel_size))
     # As many tokens at once as before: more might not fit in memory.
     at_once = max(1, training["local_batch_size"] * training["seq_len"] // max(1, seq_len))
     local = max(size for size in range(1, min(at_once, per_rank) + 1) if per_rank % size == 0)

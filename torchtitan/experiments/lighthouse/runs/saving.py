@@ -27,7 +27,8 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torchtitan.components.checkpoint import AsyncMode
+from torchtitan.components.checkpoint import DATALOADER, AsyncMode
+from torchtitan.experiments.lighthouse.data.stream_loader import StreamLoader
 from torchtitan.experiments.lighthouse.errors import Refused
 from torchtitan.experiments.lighthouse.job_config import MergedConfig
 from torchtitan.experiments.lighthouse.runs import manifest
@@ -38,8 +39,10 @@ from torchtitan.experiments.lighthouse.runs.checkpoints import (
     complete_checkpoints_in,
     damage_in,
     is_complete,
+    read_metadata,
     step_of,
 )
+from torchtitan.experiments.lighthouse.runs.contract import position_keys
 from torchtitan.experiments.lighthouse.seams import checkpoint as seam
 from torchtitan.tools.logging import logger
 
@@ -99,6 +102,11 @@ class SoundCheckpoints(seam.HookedCheckpoints):
             raise Refused(f"checkpoint.initial_load_path: {checkpoint} is no complete checkpoint (no .metadata)")
         if what := self._damage(checkpoint):
             raise Refused(f"checkpoint.initial_load_path: {checkpoint} is damaged: {what}")
+
+    def prepare_to_load(self, checkpoint: Path) -> None:
+        loader = self.states[DATALOADER]
+        if isinstance(loader, StreamLoader):
+            loader.prepare_to_load(position_keys(read_metadata(checkpoint)))
 
     def _candidates(self, folder: Path, step: int) -> list[int]:
         """The steps to try, the best first; on the first rank, after what a kill has interrupted is put in order."""

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 from torch.futures import Future as TorchFuture
-from torchtitan.components.checkpoint import MODEL, AsyncMode, CheckpointManager
+from torchtitan.components.checkpoint import DATALOADER, MODEL, AsyncMode, CheckpointManager
 from torchtitan.experiments.lighthouse.errors import Refused
 from torchtitan.experiments.lighthouse.seams.unpickle import AllowListPlanner, AllowListReader
 from torchtitan.tools.utils import GarbageCollection
@@ -157,6 +157,10 @@ class HookedCheckpoints(CheckpointManager):
         """Before the checkpoint at ``initial_load_path`` is read."""
         raise NotImplementedError
 
+    def prepare_to_load(self, checkpoint: Path) -> None:
+        """Before ``checkpoint`` is read with its data position. The data loader then says which keys to read."""
+        raise NotImplementedError
+
     def begin_save(self, checkpoint: Path, tensors: Mapping[str, Tensor]) -> Path:
         """Before anything is written, with all that will be. The folder to write to."""
         raise NotImplementedError
@@ -206,6 +210,8 @@ class HookedCheckpoints(CheckpointManager):
             super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
             return
         with self._explained(None):
+            if DATALOADER in state_dict:
+                self.prepare_to_load(Path(checkpoint_id))
             state_dict_loader.load(
                 state_dict, storage_reader=AllowListReader(checkpoint_id), planner=AllowListPlanner()
             )

@@ -1,0 +1,62 @@
+"""Whole runs over gloo whose number of processes changes, and one that an older version started."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch.distributed.checkpoint as dcp
+from torchtitan.experiments.lighthouse.data.text_datasets import build_rank_dataloader
+from torchtitan.experiments.lighthouse.data.tokenizer import build_tokenizer
+
+from helpers.launch import SMALL, flags, load_checkpoint, losses, metrics, train
+from helpers.settings import parse
+
+#: Four sequences per step, dense: selections that nearly tie would make more of rounding.
+STEADY = {"training__global_batch_size": "4", "lighthouse__no_enable": None}
+
+
+def position(run: Path, step: int, scratch: Path) -> dict[str, str]:
+    saved = load_checkpoint(run / f"checkpoint/step-{step}", scratch)["dataloader"]
+    return {key: value for key, value in saved.items() if key != "streams"}
+
+
+def test_a_run_on_two_ranks_then_one_then_four_equals_one_that_was_not_moved(tmp_path):
+    """In losses to rounding, and in its data position exactly. The last part splits each sequence over two of its four
+    processes."""
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    train(whole, 2, training__steps="6", **STEADY)
+    parts = [("2", 2, {}), ("4", 1, {"training__local_batch_size": "2"})]
+    parts += [("6", 4, {"parallelism__context_parallel_degree": "2"})]
+    for steps, processes, settings in parts:
+        train(moved, processes, training__steps=steps, **STEADY, **settings)
+    ours, theirs = losses(moved), losses(whole)
+    assert list(ours) == list(theirs) == list(range(1, 7))
+    for step in ours:
+        assert ours[step] == pytest.approx(theirs[step], rel=1e-5), step
+    assert [record["tokens_seen"] for record in metrics(moved)] == [step * 4 * 1024 for step in range(1, 7)]
+    ours, theirs = (position(run, 6, tmp_path / f"all-{run.name}") for run in (moved, whole))
+    assert ours == theirs and ours.keys() == {f"stream_{number}" for number in range(4)}
+
+
+def test_a_run_of_an_older_version_goes_on_with_its_own_data(tmp_path):
+    """Its checkpoint, made of one of today's: the data position is that of a reader per rank."""
+    train(tmp_path, training__steps="2", training__local_batch_size="2")
+    step = tmp_path / "checkpoint/step-2"
+    saved = load_checkpoint(step, tmp_path / "all")
+    settings = parse("debug.toml", *flags(SMALL | {"training.local_batch_size": "2"}))
+    older = build_rank_dataloader(settings.training, 1, 0, build_tokenizer(settings), True)
+    batches = iter(older)
+    for _ in range(5):
+        next(batches)
+    saved["dataloader"] = older.state_dict()
+    shutil.rmtree(step)
+    dcp.save(saved, checkpoint_id=step, no_dist=True)
+
+    train(tmp_path, training__steps="3", training__local_batch_size="2")
+    assert list(losses(tmp_path)) == [1, 2, 3]
+    after = load_checkpoint(tmp_path / "checkpoint/step-3", tmp_path / "all")["dataloader"]
+    assert after.keys() == {"dp_rank_0", "world_size"}
+    next(batches)  # What the third step has trained on.
+    again = build_rank_dataloader(settings.training, 1, 0, build_tokenizer(settings), True)
+    again.load_state_dict(after)
+    assert next(iter(again))[0]["input"].equal(next(batches)[0]["input"])
