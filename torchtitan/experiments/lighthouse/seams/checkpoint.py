@@ -53,6 +53,7 @@ class DigestingStream(io.BufferedWriter):
     def __init__(self, path: Path) -> None:
         super().__init__(io.FileIO(path, "wb"))
         self.digest = xxh3_128()
+        self.failure: OSError | None = None
         self._digesting = ThreadPoolExecutor(1, "digest")
 
     def write(self, data: Any) -> int:
@@ -63,6 +64,9 @@ class DigestingStream(io.BufferedWriter):
             digested = self._digesting.submit(self.digest.update, data)
         try:
             return super().write(data)
+        except OSError as error:
+            self.failure = error
+            raise
         finally:
             if digested is not None:
                 digested.result()  # torch takes the bytes back
@@ -85,8 +89,13 @@ class DigestingFiles(FileSystem):
                 yield plain
             return
         path = Path(path)
-        with DigestingStream(path) as stream:
-            yield stream
+        stream = DigestingStream(path)
+        try:
+            with stream:
+                yield stream
+        except Exception as error:
+            # torch makes another error of it, in the middle of a file, which says nothing of the disk.
+            raise stream.failure or error from error
         self.written[path.name] = path.stat().st_size, stream.digest.hexdigest()
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
