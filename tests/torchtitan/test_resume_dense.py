@@ -154,7 +154,7 @@ def test_a_chain_changes_attention_and_context_and_keeps_all_else(short, tmp_pat
     [
         (["--seq-len", "768"], "seq_len=768: Stage 1 has 2,048 tokens per step.* nearest valid value: --seq-len 512"),
         (["--seq-len", "4096"], r"training.seq_len=4096: .* nearest valid value: --seq-len 2048"),
-        (["--seq-len", "0"], r"training.seq_len=0: .* nearest valid value: --seq-len 2$"),
+        (["--seq-len", "0"], r"training.seq_len=0: must be at least 1; nearest valid value: 1$"),
         (["--seq-len", "1023", "--attention", "lighthouse"], r"nearest valid value: --seq-len 1024"),
         (["--seq-len", "100", "--attention", "lighthouse"], r"nearest valid value: --seq-len 512"),
         (["--attention", "lighthouse", "--", "--lighthouse.pooling_factor", "4"], "cannot be built: .*nearest valid"),
