@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 CONFIG_FILE = "config.json"
 TABLE_OF_CONTENTS = ".metadata"
 
+#: Before the keys of the data position in a checkpoint.
+POSITION = "dataloader."
+
 #: What is compared with a checkpoint's manifest before it is loaded: contents, sizes, or nothing.
 Verify = Literal["digest", "size", "off"]
 
@@ -185,6 +188,11 @@ def read_metadata(checkpoint: Path) -> Metadata:
     if what := _missing_bytes(checkpoint, metadata):
         raise Refused(f"{checkpoint} is incomplete: {what}")
     return metadata
+
+
+def position_keys(metadata: Metadata) -> list[str]:
+    """The keys of a checkpoint's data position, as the data loader knows them."""
+    return [key.removeprefix(POSITION) for key in metadata.state_dict_metadata if key.startswith(POSITION)]
 
 
 def _missing_bytes(checkpoint: Path, metadata: Metadata) -> str | None:

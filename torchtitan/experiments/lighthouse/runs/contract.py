@@ -28,9 +28,11 @@ from torchtitan.experiments.lighthouse.data.stream_loader import (
 from torchtitan.experiments.lighthouse.errors import Refused
 from torchtitan.experiments.lighthouse.job_config import MergedConfig
 from torchtitan.experiments.lighthouse.runs.checkpoints import (
+    POSITION,
     Verify,
     config_file_of,
     find_checkpoint,
+    position_keys,
     read_config,
     read_metadata,
     step_of,
@@ -44,9 +46,6 @@ MUST_EQUAL = {
     "architecture": ("model.name", "model.flavor"),
     "dataset": ("training.dataset", "training.dataset_path"),
 }
-
-#: Before the keys of the data position in a checkpoint.
-POSITION = "dataloader."
 
 GIVE_UP = "To give the data position up: -- --checkpoint.exclude_from_loading dataloader"
 
@@ -126,11 +125,6 @@ def find_stage_before(path: Path, verify: Verify = "digest") -> StageBefore:
             "checkpoint of the run"
         )
     return before
-
-
-def position_keys(metadata: Metadata) -> list[str]:
-    """The keys of a checkpoint's data position, as the data loader knows them."""
-    return [key.removeprefix(POSITION) for key in metadata.state_dict_metadata if key.startswith(POSITION)]
 
 
 def read_position(checkpoint: Path, metadata: Metadata) -> Header | None:

@@ -39,10 +39,10 @@ from torchtitan.experiments.lighthouse.runs.checkpoints import (
     complete_checkpoints_in,
     damage_in,
     is_complete,
+    position_keys,
     read_metadata,
     step_of,
 )
-from torchtitan.experiments.lighthouse.runs.contract import position_keys
 from torchtitan.experiments.lighthouse.seams import checkpoint as seam
 from torchtitan.tools.logging import logger
 
