@@ -72,8 +72,8 @@ def exported(run: Path, **options) -> transformers.LlamaForCausalLM:
 def refusal(*words) -> str:
     with pytest.raises(SystemExit) as stop:
         export_hf.main(list(map(str, words)))
-    assert isinstance(stop.value.code, str) and stop.value.code.startswith("export_hf: ")
-    return stop.value.code
+    assert stop.value.code == 2 and str(stop.value).startswith("export_hf: ")
+    return str(stop.value)
 
 
 def meta_model(flavor: str) -> LighthouseTransformer:

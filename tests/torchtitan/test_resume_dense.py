@@ -70,9 +70,7 @@ def test_stage_2_takes_everything_over_and_survives_interruption(stage1, tmp_pat
     log = result.stdout
     assert re.search(r"dense in all 6 layers", log)
     assert f"Stage 1 checkpoint: {stage1}/checkpoint/step-4" in log
-    assert re.search(
-        r"stage2 starts after step 4, 4,096 tokens seen; learning rate 2\.0000e-03 before .*, 2\.0000e-03 after", log
-    )
+    assert re.search(r"stage2 starts after step 4, 4,096 tokens seen; learning rate 2\.0000e-03\n", log)
     assert contents(stage1) == before
     assert [record["stage"] for record in metrics(stage2)] == ["stage2"] * 2
     assert metrics(stage2)[0]["tokens_seen"] == 5 * 1024
@@ -116,7 +114,9 @@ def test_a_chain_changes_attention_and_context_and_keeps_all_else(short, tmp_pat
     assert f"Stage 2 from {short}/checkpoint/step-2 (step 2) to step 4, through Lighthouse" in log
     assert "training.seq_len: 512 -> 2048" in log and "training.local_batch_size: 4 -> 1" in log
     assert "Lighthouse in 3 of 6 layers (1-3)" in log and f"Stage 1 checkpoint: {short}/checkpoint/step-2" in log
-    assert re.search(r"stage2 starts after step 2, 4,096 tokens seen; learning rate (\S+) before .*, \1 after", log)
+    assert (
+        re.search(r"stage2 starts after step 2, 4,096 tokens seen; learning rate \S+\n", log) and "Not as in" not in log
+    )
     log = resume(middle, "--dump-folder", last).stdout
     assert f"Stage 3 from {middle}/checkpoint/step-4 (step 4) to step 6, dense" in log and "Stage 3, step 5 of 6" in log
     assert "dense in all 6 layers" in log and f"Stage 2 checkpoint: {middle}/checkpoint/step-4" in log
@@ -368,7 +368,7 @@ def test_refuses_a_model_only_checkpoint(copy, tmp_path, capsys):
         (["--lighthouse.enable"], "lighthouse.enable must stay False"),
         (["--checkpoint.initial_load_model_only"], "checkpoint.initial_load_model_only must stay False"),
         (["--job.dump_folder", "stage1"], "job.dump_folder must stay"),
-        (["--training.steps", "99"], "training.steps must stay 20"),
+        (["--training.steps", "19"], "training.steps must stay 20"),
     ],
 )  # fmt: skip
 def test_refuses_another_model_tokenizer_or_dataset(overrides, message, copy, tmp_path, capsys):
