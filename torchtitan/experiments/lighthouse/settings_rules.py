@@ -98,7 +98,7 @@ def check_settings(config: Any) -> None:
         if limits is not None and value is not None and not limits.contains(value):
             raise Refused(f"{name}={value}: must be {limits}; nearest valid value: {limits.nearest(value, default)}")
     steps, total = config.training.steps, config.lr_scheduler.total_steps
-    if total is not None and total < steps:
+    if total is not None and total < steps and not config.checkpoint.create_seed_checkpoint:
         raise Refused(
             f"lr_scheduler.total_steps={total}: must be at least training.steps={steps}, because the schedule covers "
             f"all stages; nearest valid value: {steps}"
