@@ -1,20 +1,24 @@
 #!/usr/bin/env python
-"""Recall at a distance: facts planted in text, asked for again later in the same sequence.
+"""Recall at a distance: passages of a text that come again later in the same sequence.
 
     python studies/recall.py CHECKPOINT --text validation.jsonl.gz --sequences 36 --output score.json
 
-A fact is a sentence " Code qwerty: 4821." Its key is six random letters, its value four random digits. It is asked for
-by the same sentence later on: a model that looks back copies the value, one that cannot guesses (one in ten for a
-digit, one in 10,000 for a value). Half of the facts are asked for once, half twice; the distance to the latest mention
-is log-uniform from 64 tokens to the whole sequence. One fact per 800 bytes: 122 facts, 183 questions in 98,304.
-The key stands right before the value so that few bytes say which fact is meant: small models learn that soon.
+A fifth of every piece are quotes: 192 bytes of its text, from a word's beginning on, told once before. The distance is
+log-uniform from 256 tokens to the whole sequence: 102 quotes in 98,304. Each passage is quoted once, so the text that
+it was taken from is the only place to look. The first 32 bytes of a quote say which passage it is. On the other 160,
+a model that looks back is nearly certain, and one that does not does as well as when it was told.
+
+*Recall* is the share of the loss that is saved there: 1 - (loss when quoted) / (loss when told). 0: none, 1: all.
+
+Quotes of text cost nothing when they are told, and every byte of them teaches to look back. Facts to be learned by
+heart did not do: neither " Code qwerty: 4821.", one per 800 bytes, nor two control codes and four letters, one per 300,
+were recalled by small models after a thousand steps, not even from 100 bytes back.
 
 Every piece has exactly the bytes that one sequence holds beside the tokens for begin and end of text, so the trainer
 packs each into one sequence, and the byte tokenizer's token i + 1 is the piece's byte i.
 
 The command scores a checkpoint with dense attention: one forward per piece, teacher forced. From it come the loss by
-position, that of the text outside planted sentences, and, by distance, how many values have every digit's logit highest
-of all, and how many digits.
+position, that of the text outside quotes, and recall by distance.
 """
 
 from __future__ import annotations
@@ -27,103 +31,94 @@ import json
 import math
 import os
 import random
-import re
-import string
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-BEFORE_KEY, BEFORE_VALUE, AFTER = " Code ", ": ", "."
-KEY_LETTERS, VALUE_DIGITS = 6, 4
-TO_VALUE = len(BEFORE_KEY) + KEY_LETTERS + len(BEFORE_VALUE)
-SENTENCE = TO_VALUE + VALUE_DIGITS + len(AFTER)
-PATTERN = re.compile(
-    f"{BEFORE_KEY}([a-z]{{{KEY_LETTERS}}}){BEFORE_VALUE}([0-9]{{{VALUE_DIGITS}}}){re.escape(AFTER)}".encode()
-)
-
-BYTES_PER_FACT = 800
-NEAREST = 64
+QUOTE, KEY = 192, 32
+"""Bytes of a quote, and those at its beginning that say which passage it is"""
+SHARE = 0.2
+NEAREST = 256
 
 #: Distances are reported between these, in tokens, as far as a sequence reaches.
 DISTANCES = (0, 1024, 4096, 16384, 32768, 65536, 98304)
 #: What must be remembered from further back than this is what a long context is for.
 FAR = 16384
 
-#: Of every question: the chance of a value, and of one digit.
-CHANCE = {"exact": 10.0**-VALUE_DIGITS, "digits": 0.1}
+
+class Quote(NamedTuple):
+    """Where a passage of a piece is told and where it is quoted: their first bytes."""
+
+    told: int
+    quoted: int
+
+    @property
+    def distance(self) -> int:
+        return self.quoted - self.told
 
 
-@dataclass(frozen=True)
-class Question:
-    """Where a piece asks for a value that it has told before."""
-
-    value: int
-    """The first of its bytes"""
-    distance: int
-    """To the latest earlier one of the same fact, in bytes"""
-
-
-def facts_in(length: int) -> int:
-    """How many facts a piece of ``length`` bytes holds."""
-    return max(1, length // BYTES_PER_FACT)
-
-
-def sentences_in(length: int) -> int:
-    """Facts told, asked for once, and every second one again."""
-    facts = facts_in(length)
-    return facts + facts + facts // 2
+def quotes_in(length: int) -> int:
+    """How many quotes a piece of ``length`` bytes holds."""
+    return max(1, int(length * SHARE) // QUOTE)
 
 
 def text_in(length: int) -> int:
-    """Bytes of text in a piece of ``length`` bytes; the rest are the planted sentences."""
-    return length - sentences_in(length) * SENTENCE
+    """Bytes of text in a piece of ``length`` bytes; the rest are quotes."""
+    return length - quotes_in(length) * QUOTE
 
 
-def plant(text: bytes, length: int, seed: str) -> str:
-    """A piece of exactly ``length`` bytes: ``text`` with facts and questions, drawn from ``seed`` alone.
+def plant(text: bytes, length: int, seed: str) -> tuple[str, list[Quote]]:
+    """A piece of exactly ``length`` bytes: ``text`` with quotes of it, drawn from ``seed`` alone.
 
     Args:
         text: UTF-8, at most ``text_in(length)`` bytes; spaces fill up what is missing.
+        length: at least 1,000.
     """
     rng = random.Random(seed)
     text = text.ljust(text_in(length))
     if len(text) > text_in(length):
         raise ValueError(f"text of {len(text)} bytes: must be at most {text_in(length)} for a piece of {length}")
-    planned: list[tuple[int, str]] = []
-    keys: set[str] = set()
-    while len(keys) < facts_in(length):
-        key = "".join(rng.choices(string.ascii_lowercase, k=KEY_LETTERS))
-        if key in keys:
-            continue
-        value = "".join(rng.choices(string.digits, k=VALUE_DIGITS))
-        sentence = f"{BEFORE_KEY}{key}{BEFORE_VALUE}{value}{AFTER}"
-        planned += [(place, sentence) for place in _places(length, 1 + len(keys) % 2, rng)]
-        keys.add(key)
-    out, done = [], 0
-    for number, (place, sentence) in enumerate(sorted(planned)):
+    last = length - QUOTE
+    wanted = []  # places and distances
+    for _ in range(quotes_in(length)):
+        distance = round(math.exp(rng.uniform(math.log(NEAREST), math.log(last))))
+        wanted.append((rng.randint(distance, last), distance))
+    wanted.sort()
+    cuts = [0]
+    for number, (place, _) in enumerate(wanted):
         # Those before it have moved it by their own length.
-        at = _between_words(text, min(max(place - number * SENTENCE, done), len(text)))
-        out += [text[done:at], sentence.encode()]
-        done = at
-    piece = b"".join([*out, text[done:]])
-    assert len(piece) == length
-    return piece.decode()
+        cuts.append(_between_words(text, min(max(place - number * QUOTE, cuts[-1], NEAREST), len(text))))
+    piece = bytearray(length)
+    is_free = bytearray(length)  # text that is not quoted yet
+    for number, (start, end) in enumerate(pairwise([*cuts, len(text)])):
+        at = slice(start + number * QUOTE, end + number * QUOTE)
+        piece[at], is_free[at] = text[start:end], b"\1" * (end - start)
+    quotes = []
+    for number, (cut, (_, distance)) in enumerate(zip(cuts[1:], wanted, strict=True)):
+        quoted = cut + number * QUOTE
+        told = _passage(piece, is_free, quoted, distance)
+        piece[quoted : quoted + QUOTE] = piece[told : told + QUOTE]
+        is_free[told : told + QUOTE] = bytes(QUOTE)
+        quotes.append(Quote(told, quoted))
+    return piece.decode(), quotes
 
 
-def _places(length: int, questions: int, rng: random.Random) -> list[int]:
-    """Where a fact is told, and where it is asked for, so many bytes apart."""
-    furthest = length - SENTENCE
-    while True:
-        # Drawn again where they do not fit one after the other.
-        steps = [round(math.exp(rng.uniform(math.log(NEAREST), math.log(furthest)))) for _ in range(questions)]
-        if sum(steps) <= furthest:
-            break
-    places = [rng.randint(0, furthest - sum(steps))]
-    for step in steps:
-        places.append(places[-1] + step)
-    return places
+def _passage(piece: bytearray, is_free: bytearray, quoted: int, distance: int) -> int:
+    """The free passage before ``quoted`` whose distance is nearest to the wanted one."""
+
+    def can_be(start: int) -> bool:
+        # From a space to the beginning of a character.
+        return piece[start] == 0x20 and piece[start + QUOTE] & 0xC0 != 0x80 and 0 not in is_free[start : start + QUOTE]
+
+    aim, latest = quoted - distance, quoted - QUOTE
+    for step in range(quoted):
+        for start in (aim + step, aim - step):
+            if 0 <= start <= latest and can_be(start):
+                return start
+    # Text without spaces, or used up: what can be quoted whole, quoted already or not.
+    return next(at for at in range(latest, -1, -1) if piece[at] & 0xC0 != 0x80 != piece[at + QUOTE] & 0xC0)
 
 
 def _between_words(text: bytes, at: int) -> int:
@@ -136,29 +131,16 @@ def _between_words(text: bytes, at: int) -> int:
     return at
 
 
-def questions_in(piece: str) -> list[Question]:
-    """All questions of a piece, read off its text."""
-    told: dict[bytes, int] = {}
-    found = []
-    for match in PATTERN.finditer(piece.encode()):
-        fact, value = match[0], match.start(2)
-        if fact in told:
-            found.append(Question(value, value - told[fact]))
-        told[fact] = value
-    return found
-
-
-def planted_bytes(piece: str) -> list[bool]:
-    """Of every byte, whether it belongs to a planted sentence."""
-    raw = piece.encode()
-    planted = [False] * len(raw)
-    for match in PATTERN.finditer(raw):
-        planted[match.start() : match.end()] = [True] * SENTENCE
-    return planted
+def outside_quotes(length: int, quotes: Iterable[Quote]) -> list[bool]:
+    """Of every byte, whether it belongs to no quote."""
+    outside = [True] * length
+    for quote in quotes:
+        outside[quote.quoted : quote.quoted + QUOTE] = [False] * QUOTE
+    return outside
 
 
 def prepare(folders: Sequence[Path], output: Path, seq_len: int, count: int, held_out: int) -> None:
-    """Write the text of ``count`` training pieces and of ``held_out`` others, without facts: it travels like this.
+    """Write the text of ``count`` training pieces and of ``held_out`` others, without quotes: it travels like this.
 
     Args:
         folders: with files named *train* and *validation*; what is held out is of the first.
@@ -189,7 +171,7 @@ def prepare(folders: Sequence[Path], output: Path, seq_len: int, count: int, hel
 
 
 def plant_and_shuffle(prepared: Path, output: Path, seq_len: int, seed: int) -> None:
-    """The prepared text with its facts, the same for every seed, in the seed's order, as the trainer reads it."""
+    """The prepared text with its quotes, the same for every seed, in the seed's order, as the trainer reads it."""
     if output.exists():
         return
     unfinished = output.with_name(f"{output.name}.unfinished-{os.getpid()}")
@@ -198,67 +180,70 @@ def plant_and_shuffle(prepared: Path, output: Path, seq_len: int, seed: int) -> 
     for split in ("train", "validation"):
         text, size = bz2.decompress((prepared / f"{split}.bz2").read_bytes()), text_in(length)
         starts = range(0, len(text), size)
-        texts = [plant(text[at : at + size], length, f"{split} {n}") for n, at in enumerate(starts)]
-        random.Random(seed if split == "train" else 0).shuffle(texts)  # held out: the same for all
+        planted = [plant(text[at : at + size], length, f"{split} {n}") for n, at in enumerate(starts)]
+        random.Random(seed if split == "train" else 0).shuffle(planted)  # held out: the same for all
         with gzip.open(unfinished / f"{split}.jsonl.gz", "wt", compresslevel=1, encoding="utf-8") as file:
-            file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+            file.writelines(json.dumps({"text": piece, "quotes": quotes}) + "\n" for piece, quotes in planted)
     unfinished.rename(output)
 
 
 @dataclass
 class Recall:
-    """The questions from a distance of ``start`` to before ``end`` bytes."""
+    """The quotes from a distance of ``start`` to before ``end`` bytes; sums over their bytes after the key."""
 
     start: int
     end: int
-    asked: int = 0
-    exact: int = 0
-    """Values with all of their digits right"""
-    digits: int = 0
-    """Digits that were right, of four a value"""
+    quotes: int = 0
+    loss: float = 0.0
+    told_loss: float = 0.0
+    right: float = 0.0
+    """Bytes whose logit was the highest"""
+    told_right: float = 0.0
 
-    def add(self, right: Sequence[bool]) -> None:
-        self.asked += 1
-        self.exact += all(right)
-        self.digits += sum(right)
+    def add(self, quote: Quote, losses: Sequence[float], hits: Sequence[bool]) -> None:
+        self.quotes += 1
+        quoted, told = (slice(at + KEY, at + QUOTE) for at in (quote.quoted, quote.told))
+        self.loss += sum(losses[quoted])
+        self.told_loss += sum(losses[told])
+        self.right += sum(hits[quoted])
+        self.told_right += sum(hits[told])
 
     def record(self) -> dict[str, Any]:
-        asked = self.asked
-        return {
-            "start": self.start,
-            "end": self.end,
-            "asked": asked,
-            "exact": self.exact / asked if asked else None,
-            "digits": self.digits / (asked * VALUE_DIGITS) if asked else None,
-        }
+        """Per byte, and ``recall``."""
+        count, sums = self.quotes * (QUOTE - KEY), asdict(self)
+        means = {name: sums[name] / count if count else None for name in ("loss", "told_loss", "right", "told_right")}
+        return sums | means | {"recall": 1 - self.loss / self.told_loss if self.told_loss else None}
 
 
 def distance_edges(seq_len: int) -> list[int]:
     return [*(edge for edge in DISTANCES if edge < seq_len), seq_len]
 
 
-def score_recall(pieces: Iterable[tuple[str, Sequence[bool]]], seq_len: int) -> tuple[list[Recall], Recall]:
+def score_recall(
+    pieces: Iterable[tuple[Sequence[Quote], Sequence[float], Sequence[bool]]], seq_len: int
+) -> tuple[list[Recall], Recall]:
     """Recall by distance, and of everything further back than ``FAR`` (half the sequence, where it is shorter).
 
     Args:
-        pieces: each piece, and of every position of its sequence whether the next token's logit was the highest:
-            position i, whose token is byte i - 1, predicts byte i.
+        pieces: the quotes of each, and of every position of its sequence the loss of the next token, and whether its
+            logit was the highest: position i, whose token is byte i - 1, predicts byte i.
     """
     edges = distance_edges(seq_len)
     buckets = [Recall(start, end) for start, end in pairwise(edges)]
     far = Recall(FAR if seq_len > FAR else seq_len // 2, seq_len)
-    for piece, hits in pieces:
-        for question in questions_in(piece):
-            right = hits[question.value : question.value + VALUE_DIGITS]
-            buckets[min(bisect.bisect_right(edges, question.distance) - 1, len(buckets) - 1)].add(right)
-            if question.distance >= far.start:
-                far.add(right)
+    for quotes, losses, hits in pieces:
+        for quote in quotes:
+            buckets[min(bisect.bisect_right(edges, quote.distance) - 1, len(buckets) - 1)].add(quote, losses, hits)
+            if quote.distance >= far.start:
+                far.add(quote, losses, hits)
     return buckets, far
 
 
-def read_pieces(file: Path, count: int | None = None) -> list[str]:
+def read_pieces(file: Path, count: int | None = None) -> Iterator[tuple[str, list[Quote]]]:
     with gzip.open(file, "rt", encoding="utf-8") as lines:
-        return [json.loads(line)["text"] for _, line in zip(range(count or 2**60), lines, strict=False)]
+        for _, line in zip(range(count or 2**60), lines, strict=False):
+            record = json.loads(line)
+            yield record["text"], [Quote(*places) for places in record["quotes"]]
 
 
 def score(checkpoint: Path, file: Path, count: int) -> dict[str, Any]:
@@ -276,15 +261,15 @@ def score(checkpoint: Path, file: Path, count: int) -> dict[str, Any]:
     all_bytes, text_only = ([positions.Bucket(*ends) for ends in pairwise(edges)] for _ in range(2))
     far = min(FAR, seq_len // 2)
     beyond, answers, losses = positions.Bucket(far, seq_len), [], []
-    for piece in read_pieces(file, count):
+    for piece, quotes in read_pieces(file, count):
         tokens = torch.tensor([tokenizer.encode(piece, add_bos=True, add_eos=True)], device=device)
         assert tokens.shape[1] == seq_len + 1, f"a piece of {tokens.shape[1]:,} tokens in sequences of {seq_len:,}"
         loss, hits = positions.losses_and_hits(model, tokens[:, :-1], tokens[:, 1:])
         loss = loss[0].double().cpu()
         losses.append(loss.mean().item())
-        answers.append((piece, hits[0].tolist()))
+        answers.append((quotes, loss.tolist(), hits[0].tolist()))
         # The last label is the end of text, which is none.
-        of_text = ~torch.tensor([*planted_bytes(piece), True])
+        of_text = torch.tensor([*outside_quotes(seq_len - 1, quotes), False])
         for bucket in [*all_bytes, beyond]:
             bucket.add(loss[bucket.start : bucket.end])
         for bucket in text_only:
@@ -303,7 +288,6 @@ def score(checkpoint: Path, file: Path, count: int) -> dict[str, Any]:
         ],
         "recall": [bucket.record() for bucket in recall],
         "recall_far": recall_far.record(),
-        "chance": CHANCE,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
         "torch": torch.__version__,
     }
@@ -320,7 +304,7 @@ def write_json(file: Path, content: Any) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="a run's dump folder or one of its checkpoint/step-N")
-    parser.add_argument("--text", type=Path, required=True, help="pieces with planted facts, .jsonl.gz")
+    parser.add_argument("--text", type=Path, required=True, help="pieces with quotes, .jsonl.gz")
     parser.add_argument("--sequences", type=int, default=36, help="as many at most (default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="the file to write")
     options = parser.parse_args()

@@ -9,18 +9,18 @@ QUESTION, asked before any run: at 98,304 tokens, which chain of stages, each wi
 (train_configs/32m_32k.toml, k = 1,536) in 960 steps to dense's final held-out loss in the fewest seconds, and how do
 loss beyond 16K and recall beyond 16K then compare with dense's?
 
-MEASURE. Every arm trains on the same text in the same order, with as many tokens per step: books and C4 with facts
-planted in them (recall.py), one sequence per step. A stage with a shorter context has more sequences per step. Each
-sequence takes its last label too, so twelve short ones take 11 tokens more of the text than one long one, and the long
-ones of a later stage begin so much further on (6,600 tokens after 600 steps). *Seconds* are steps times tokens per step
-over the median tokens/s that the stage logged: no start-up, compilation, validation or checkpoint. A stage in which
-every eighth step is dense logs every step, and its seconds are those of both kinds: the number of Lighthouse steps at
-their median, and that of dense ones at theirs. *Held out* is the dense loss on twelve pieces of held-out books with
-their own facts, every sixteenth of the steps, in dense stages of the full context only. *Spike* is the training loss of
-the first step of the first dense stage that follows one through Lighthouse, minus the mean of the last 50 steps before
-it (dense ones among them left out). After the last stage, dense, on 36 held-out pieces: loss by position, recall by
-distance. Reported: the gap to dense of the same seed at equal tokens and at equal seconds (its curve interpolated),
-seconds until dense's final loss. "dense, again" is the noise of one arm run twice.
+MEASURE. Every arm trains on the same text in the same order, with as many tokens per step: books and C4, a fifth of it
+quotes of what the same sequence has told before (recall.py), one sequence per step. A stage with a shorter context has
+more sequences per step. Each sequence takes its last label too, so twelve short ones take 11 tokens more of the text
+than one long one, and the long ones of a later stage begin so much further on (6,600 tokens after 600 steps). *Seconds*
+are steps times tokens per step over the median tokens/s that the stage logged: no start-up, compilation, validation or
+checkpoint. A stage in which every eighth step is dense logs every step, and its seconds are those of both kinds: the
+number of Lighthouse steps at their median, and that of dense ones at theirs. *Held out* is the dense loss on twelve
+pieces of held-out books with their own quotes, every sixteenth of the steps, in dense stages of the full context only.
+*Spike* is the training loss of the first step of the first dense stage that follows one through Lighthouse, minus the
+mean of the last 50 steps before it (dense ones among them left out). After the last stage, dense, on 36 held-out
+pieces: loss by position, recall by distance. Reported: the gap to dense of the same seed at equal tokens and at equal
+seconds (its curve interpolated), seconds until dense's final loss. "dense, again" is the noise of one arm run twice.
 
 ``prepare`` writes OUTPUT/text, which can be carried to another machine (25 MB); ``run`` plants, shuffles by the seed,
 and runs one arm per GPU at a time. Killed and started again, it continues; finished arms, OUTPUT/results/ARM.json, are

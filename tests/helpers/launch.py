@@ -1,4 +1,4 @@
-"""Starts real training runs for tests: torchrun, the debug config made smaller, float32."""
+"""Starts real training runs for tests: the debug config made smaller, float32."""
 
 import contextlib
 import json
@@ -16,6 +16,8 @@ from torchtitan.config import ConfigManager
 from torchtitan.experiments.lighthouse.data.tokenizer import build_tokenizer
 from torchtitan.experiments.lighthouse.runs.records import read_metrics
 from torchtitan.protocols.train_spec import get_train_spec
+
+from helpers import ranks
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = REPOSITORY / "train_configs/debug.toml"
@@ -37,13 +39,14 @@ def flags(settings: dict[str, str]) -> list[str]:
 
 
 def command(dump_folder: Path, nproc: int, **settings: str) -> list[str]:
-    """Settings as keywords, section and name joined by two underscores."""
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}")
+    return [*torchrun, "-m", ranks.TRAINER, *arguments(dump_folder, **settings)]
+
+
+def arguments(dump_folder: Path, **settings: str) -> list[str]:
+    """The trainer's. Settings as keywords, section and name joined by two underscores."""
     named = {name.replace("__", ".").replace(".no_", ".no-"): value for name, value in settings.items()}
-    return [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"),
-        *("-m", "torchtitan.experiments.lighthouse.train", "--job.config_file", str(CONFIG)),
-        *flags({"job.dump_folder": str(dump_folder)} | SMALL | named),
-    ]
+    return ["--job.config_file", str(CONFIG), *flags({"job.dump_folder": str(dump_folder)} | SMALL | named)]
 
 
 def environment() -> dict[str, str]:
@@ -58,7 +61,11 @@ def run(words: list[str], *, check: bool = True, timeout: float = 240, **variabl
 
 
 def train(dump_folder: Path, nproc: int = 1, *, check: bool = True, **settings: str) -> subprocess.CompletedProcess:
-    return run(command(dump_folder, nproc, **settings), check=check)
+    """Train to the end, without torchrun."""
+    result = ranks.start(nproc, arguments(dump_folder, **settings), environment())
+    if check and result.returncode:
+        raise AssertionError(f"{dump_folder}, {settings}\n{result.stdout[-6000:]}\n{result.stderr[-6000:]}")
+    return result
 
 
 def descendants(pid: int) -> list[int]:

@@ -20,9 +20,9 @@ BY_NAME = {arm.name: arm for arm in ARMS}
 ORDER = [arm.name for arm in ARMS]
 SCORE = {
     "held_out_far": {"start": 16384, "loss": 1.9},
-    "recall_far": {"exact": 0.25},
+    "recall_far": {"recall": 0.25},
     "by_position": [{"start": 0, "end": 98304, "loss": 2.0, "loss_text": 1.5}],
-    "recall": [{"start": 0, "end": 98304, "exact": 0.5, "digits": 0.75}],
+    "recall": [{"start": 0, "end": 98304, "recall": 0.5, "right": 0.75}],
     "device": "H200",
     "torch": "2.11",
 }

@@ -1,0 +1,66 @@
+"""The ranks of a run, forked from a process that has imported the trainer: what a start of torchrun costs is imports.
+
+Nothing but imports has run in that process, so a rank is like a fresh one. What torchrun itself does (signals, its own
+death, its exit status) is tested with torchrun.
+"""
+
+import atexit
+import multiprocessing
+import os
+import runpy
+import socket
+import sys
+import tempfile
+import time
+from pathlib import Path
+from subprocess import CompletedProcess
+from unittest import mock
+
+TRAINER = "torchtitan.experiments.lighthouse.train"
+
+#: How long ranks may go on when one has failed.
+GRACE = 30
+
+
+def _rank(arguments: list[str], variables: dict[str, str], *files: str) -> None:
+    for number, file in enumerate(files, start=1):  # standard output and error
+        os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), number)
+    os.environ.update(variables)
+    sys.argv = [TRAINER, *arguments]
+    try:
+        runpy.run_module(TRAINER, run_name="__main__", alter_sys=True)
+    finally:
+        atexit._run_exitfuncs()  # the way that multiprocessing ends a process leaves them out
+
+
+def start(nproc: int, arguments: list[str], variables: dict[str, str], *, timeout: float = 240) -> CompletedProcess:
+    """Train to the end, with these variables of the environment."""
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload([TRAINER])
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    with tempfile.NamedTemporaryFile() as stdout, tempfile.NamedTemporaryFile() as stderr:
+        printed = stdout.name, stderr.name
+        ranks = []
+        for rank in range(nproc):
+            numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": nproc, "LOCAL_WORLD_SIZE": nproc}
+            numbers |= {"MASTER_PORT": port}
+            place = {"MASTER_ADDR": "localhost"} | {name: str(number) for name, number in numbers.items()}
+            ranks.append(forks.Process(target=_rank, args=(arguments, variables | place, *printed)))
+            with mock.patch.dict(os.environ, variables):  # with the first one starts what they are forked from
+                ranks[-1].start()
+        deadline = time.monotonic() + timeout
+        while any(rank.exitcode is None for rank in ranks):
+            if any(rank.exitcode for rank in ranks):
+                deadline = min(deadline, time.monotonic() + GRACE)
+            if time.monotonic() > deadline:
+                for rank in ranks:
+                    rank.kill()
+            time.sleep(0.02)
+        for rank in ranks:
+            rank.join()
+        code = next((rank.exitcode for rank in ranks if rank.exitcode), 0)
+        return CompletedProcess(
+            [TRAINER, *arguments], code, *(Path(file).read_text(errors="replace") for file in printed)
+        )
