@@ -1,5 +1,6 @@
 """Small checkpoints in one process, by the trainer's own manager; and ways to damage them."""
 
+import json
 import os
 import pickle
 import random
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.stateful import Stateful
 from torchtitan.experiments.lighthouse.job_config import Checkpoint
+from torchtitan.experiments.lighthouse.runs import manifest
+from torchtitan.experiments.lighthouse.runs.checkpoints import complete_checkpoints_in
 from torchtitan.experiments.lighthouse.runs.saving import SoundCheckpoints
 
 
@@ -45,6 +48,17 @@ def manager(folder: Path, verify: str = "digest", **settings: Any) -> SoundCheck
     )
     made.model = model
     return made
+
+
+def save_settings(run: Path, settings: dict[str, Any], read: dict[str, Any] | None = None) -> None:
+    """As if ``run`` had been trained with these, and had read ``read`` besides."""
+    (run / "config.json").write_text(json.dumps(settings))
+    for checkpoint in complete_checkpoints_in(run / "checkpoint"):
+        said = manifest.read(checkpoint)
+        about = {name: said[name] for name in ("versions", "fingerprints", "tokens_per_step")} | {"settings": settings}
+        about["fingerprints"] |= read or {}
+        files, last = manifest.files_of(said), said["last_of_stage"]
+        manifest.write(checkpoint, files, about, step=said["step"], last_of_stage=last)
 
 
 def flip(file: Path, byte: int, bit: int) -> None:

@@ -14,7 +14,7 @@ PACKAGE = REPOSITORY / "torchtitan/experiments/lighthouse"
 COMMANDS = ["resume_dense", "eval_niah", "export_hf", "report", "sweep", "evaluate", "check_causality"]
 
 #: Modules that cannot do their work without the models: they build or train one, or list the flavors.
-NEED_MODELS = {"train", "train_spec", "hugging_face", "runs.settings", "runs.contract", "runs.next_stage"}
+NEED_MODELS = {"train", "train_spec", "hugging_face", "runs.settings", "runs.contract"}
 NEED_MODELS |= {"evaluation.needle", "evaluation.positions", "evaluation.causality"}
 
 

@@ -2,6 +2,7 @@ import json
 import logging
 import os
 import re
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -113,6 +114,17 @@ def test_wandb_keeps_the_run_and_groups_the_stages(tmp_path):
     later = str(tmp_path / "run_dense/checkpoint/step-90")
     stage3 = environment("run_third", "--lighthouse.stage", "3", "--lighthouse.stage1_checkpoint", later)
     assert (stage3["WANDB_RUN_GROUP"], stage3["WANDB_RUN_JOB_TYPE"]) == (stage1["WANDB_RUN_GROUP"], "stage3")
+    # All of them moved, though the settings name the old place; nothing comes to be there again.
+    (tmp_path / "run/checkpoint/step-75").mkdir(parents=True)
+    (tmp_path / "run_dense/checkpoint/step-90").mkdir(parents=True)
+    moved = tmp_path.with_name(f"{tmp_path.name}-moved")
+    tmp_path.rename(moved)
+    words = ["--lighthouse.stage", "3", "--lighthouse.stage1_checkpoint", later]
+    again = wandb_environment(parse("debug.toml", "--job.dump_folder", str(moved / "run_third"), *words))
+    assert again == stage3 and not tmp_path.exists()
+    shutil.rmtree(moved / "run_dense")
+    alone = wandb_environment(parse("debug.toml", "--job.dump_folder", str(moved / "run_third"), *words))
+    assert alone["WANDB_RUN_ID"] == stage3["WANDB_RUN_ID"] and not tmp_path.exists()
 
 
 def test_an_interrupted_wandb_run_goes_on_offline(tmp_path, monkeypatch):

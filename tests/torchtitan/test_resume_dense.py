@@ -9,11 +9,12 @@ from types import SimpleNamespace
 import pytest
 from torchtitan.experiments.lighthouse import report, resume_dense
 from torchtitan.experiments.lighthouse.errors import REFUSED, Refused
-from torchtitan.experiments.lighthouse.runs import contract, launch, next_stage
-from torchtitan.experiments.lighthouse.runs.contract import StageBefore
+from torchtitan.experiments.lighthouse.runs import contract, fingerprints, launch, next_stage, stages
 from torchtitan.experiments.lighthouse.runs.settings import read_settings
+from torchtitan.experiments.lighthouse.runs.stages import StageBefore
+from torchtitan.experiments.lighthouse.train import LighthouseTrainer
 
-from helpers.checkpoints import flip, truncate
+from helpers.checkpoints import flip, save_settings, truncate
 from helpers.launch import (
     REPOSITORY,
     SMALL,
@@ -77,7 +78,9 @@ def test_stage_2_takes_everything_over_and_survives_interruption(stage1, tmp_pat
 
     # The same continuation by upstream's own means: the run's folder copied, Lighthouse switched off, more steps.
     manual = shutil.copytree(stage1, tmp_path / "manual")
-    train(manual, training__steps="6", lighthouse__no_enable=None)
+    allowed = {"checkpoint__allow_changed": "lighthouse.enable"}
+    went_on = train(manual, training__steps="6", lighthouse__no_enable=None, **allowed)
+    assert "Not as in the checkpoint: lighthouse.enable True → False\n" in went_on.stdout + went_on.stderr
     assert losses(stage2) == {step: losses(manual)[step] for step in (5, 6)}
     ours, theirs = (load_checkpoint(r / "checkpoint/step-6", tmp_path / f"all-{r.name}") for r in (stage2, manual))
     assert_same_training_state(ours, theirs)
@@ -127,8 +130,9 @@ def test_a_chain_changes_attention_and_context_and_keeps_all_else(short, tmp_pat
     # By upstream's own means: the run's folder copied, and the settings changed.
     manual = shutil.copytree(short, tmp_path / "manual")
     train(
-        manual, training__steps="4", training__seq_len="2048", lighthouse__layers="1-3", lr_scheduler__total_steps="6"
-    )
+        manual, training__steps="4", training__seq_len="2048", lighthouse__layers="1-3", lr_scheduler__total_steps="6",
+        checkpoint__allow_changed="lighthouse.enable,training.seq_len",
+    )  # fmt: skip
     ours, theirs = (load_checkpoint(r / "checkpoint/step-4", tmp_path / f"all-{r.name}") for r in (middle, manual))
     assert losses(middle) == {step: losses(manual)[step] for step in (3, 4)}
     assert_same_training_state(ours, theirs)
@@ -177,7 +181,8 @@ def test_a_chain_changes_attention_and_context_and_keeps_all_else(short, tmp_pat
         (["--seq-len", "2048", "--torchrun", "--standalone --nproc_per_node 2", "--",
           "--checkpoint.exclude_from_loading", "dataloader"],
          r"training.seq_len=2048: .*each of 2 data-parallel rank\(s\); nearest valid value: --seq-len 1024"),
-        (["--seq-len", "2048", "--", "--model.flavor", "debug_gqa"], "different architecture: model.flavor"),
+        (["--seq-len", "2048", "--", "--model.flavor", "debug_gqa"],
+         r"model.flavor 'debug' → 'debug_gqa': .*: -- --checkpoint.allow_changed model.flavor$"),
     ],
 )  # fmt: skip
 def test_refuses_a_stage_that_does_not_fit_the_chain(words, message, short, capsys):
@@ -244,24 +249,26 @@ def test_a_run_of_an_older_version_goes_on(delayed, selection, copy, capsys):
     for name in ("stage", "selection", "local_window"):
         del config["lighthouse"][name]
     config["lighthouse"]["delay_scores"] = delayed
-    (copy / "config.json").write_text(json.dumps(config))
+    save_settings(copy, config)
     resume_dense.main([str(copy), "--dry-run", "--", "--lighthouse.layers", "1"])
     assert f"to step 20, dense, in {copy}_dense" in capsys.readouterr().out
     assert read_settings(copy / "checkpoint/step-4").lighthouse.selection == selection
     # Stage 2 of such a version says only where it came from.
     config["lighthouse"] |= {"enable": False, "stage1_checkpoint": "/gone/checkpoint/step-2"}
-    (copy / "config.json").write_text(json.dumps(config))
+    save_settings(copy, config)
     resume_dense.main([str(copy), "--attention", "lighthouse", "--dry-run"])
     printed = capsys.readouterr().out
     assert f"Stage 3 from {copy}/checkpoint/step-4" in printed and (f'selection = "{selection}"' in printed) == delayed
 
 
-def test_a_later_stage_does_not_inherit_a_position_that_was_given_up(copy, capsys):
+def test_a_later_stage_does_not_inherit_what_a_stage_did_for_itself(copy, capsys):
+    """A position that it gave up, and settings that it changed on purpose."""
     config = config_of(copy)
-    config["checkpoint"]["exclude_from_loading"] = ["dataloader"]
-    (copy / "config.json").write_text(json.dumps(config))
+    config["checkpoint"] |= {"exclude_from_loading": ["dataloader"], "allow_changed": ["model.flavor"]}
+    save_settings(copy, config)
     resume_dense.main([str(copy), "--dry-run"])
-    assert "exclude_from_loading = []" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "exclude_from_loading = []" in printed and "allow_changed = []" in printed
 
 
 def test_dry_run_prints_a_command_and_its_settings(stage1, tmp_path, capsys):
@@ -303,7 +310,7 @@ def test_default_folder_and_a_named_launcher(stage1, capsys):
 def test_settings_that_toml_cannot_hold_survive(copy, capsys):
     config = config_of(copy)
     config["parallelism"]["context_parallel_load_balancer"] = None  # its default is "headtail"
-    (copy / "config.json").write_text(json.dumps(config))
+    save_settings(copy, config)
     resume_dense.main([str(copy), "--dry-run"])
     assert "--parallelism.context_parallel_load_balancer None" in capsys.readouterr().out
 
@@ -360,11 +367,11 @@ def test_refuses_a_model_only_checkpoint(copy, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["--model.flavor", "debug_gqa"], "architecture: model.flavor is 'debug' in Stage 1 and 'debug_gqa' here"),
-        (["--training.dataset", "stdlib_validation"], "different dataset: training.dataset is 'stdlib'"),
-        (["--training.dataset_path", "/tmp"], "different dataset: training.dataset_path is None"),
-        (["--model.hf_assets_path", "OTHER"], "different tokenizer: model.hf_assets_path is"),
-        (["--model.hf_assets_path", "/nowhere"], "tokenizer: /nowhere/tokenizer.json does not exist"),
+        (["--model.flavor", "debug_gqa"], "model.flavor 'debug' → 'debug_gqa': "),
+        (["--training.dataset", "stdlib_validation"], "training.dataset 'stdlib' → 'stdlib_validation': "),
+        (["--training.dataset_path", "OTHER"], " is not there any more, and "),
+        (["--model.hf_assets_path", "OTHER"], "/tokenizer) is not as it was: tokenizer.json had "),
+        (["--model.hf_assets_path", "/nowhere"], "model.hf_assets_path='/nowhere': no tokenizer there"),
         (["--lighthouse.enable"], "lighthouse.enable must stay False"),
         (["--checkpoint.initial_load_model_only"], "checkpoint.initial_load_model_only must stay False"),
         (["--job.dump_folder", "stage1"], "job.dump_folder must stay"),
@@ -372,10 +379,12 @@ def test_refuses_a_model_only_checkpoint(copy, tmp_path, capsys):
     ],
 )  # fmt: skip
 def test_refuses_another_model_tokenizer_or_dataset(overrides, message, copy, tmp_path, capsys):
-    other = tmp_path / "tokenizer"
-    other.mkdir()
-    shipped = Path(config_of(copy)["model"]["hf_assets_path"]) / "tokenizer.json"
-    (other / "tokenizer.json").write_text(shipped.read_text().replace("<|end_of_text|>", "<|end|>"))
+    shipped = Path(config_of(copy)["model"]["hf_assets_path"])
+    other = shutil.copytree(shipped, tmp_path / "tokenizer")
+    edited = (shipped / "tokenizer.json").read_text().replace("<|end_of_text|>", "<|end|>")
+    (other / "tokenizer.json").write_text(edited)
+    for name in ("one.py", "two.py"):
+        (other / name).write_text("x = 1")
     overrides = [str(other) if word == "OTHER" else word for word in overrides]
     assert message in refusal(capsys, copy, "--dry-run", "--", *overrides)
     assert not (tmp_path / "stage1_dense").exists()  # a refusal leaves nothing behind
@@ -404,15 +413,15 @@ def test_another_number_of_processes_may_drop_the_position(copy, capsys):
 
 def test_the_data_position_of_an_older_version_belongs_to_its_readers(copy, monkeypatch, capsys):
     """As it did when it was saved: to data-parallel ranks and data workers."""
-    before = contract.find_stage_before(copy)
+    before = stages.find_stage_before(copy)
     assert before.position and before.data_parallel_size == 1
     keys = [key for key in before.metadata.state_dict_metadata if not key.startswith("dataloader.")]
     metadata = SimpleNamespace(
         state_dict_metadata=dict.fromkeys([*keys, *(f"dataloader.dp_rank_{r}" for r in range(2))])
     )
-    older = contract.StageBefore(before.config, before.checkpoint, metadata)
+    older = StageBefore(before.config, before.checkpoint, metadata)
     assert older.position is None and older.data_parallel_size == 2
-    monkeypatch.setattr(contract, "find_stage_before", lambda *_, **__: older)
+    monkeypatch.setattr(stages, "find_stage_before", lambda *_, **__: older)
     monkeypatch.setattr(contract, "_check_shapes", lambda *_: None)
     one = refusal(capsys, copy, "--torchrun", "--nproc_per_node 1")
     assert "an older version saved" in one and "that of 2 data-parallel rank(s); 1 process(es)" in one
@@ -471,8 +480,6 @@ def test_on_several_nodes_one_process_prepares_the_folder(copy, tmp_path, monkey
 
 def test_the_trainer_holds_stage_2_to_the_same_contract(copy, monkeypatch):
     """Started by hand, past the command."""
-    from torchtitan.experiments.lighthouse.train import LighthouseTrainer
-
     monkeypatch.setenv("WORLD_SIZE", "1")
     origin = ["--lighthouse.no-enable", f"--lighthouse.stage1_checkpoint={copy}/checkpoint/step-4", *flags(SMALL)]
 
@@ -481,9 +488,9 @@ def test_the_trainer_holds_stage_2_to_the_same_contract(copy, monkeypatch):
         LighthouseTrainer.check_before_build(SimpleNamespace(job_config=settings, _checkpoint_folder=lambda: "absent"))
 
     check()
-    with pytest.raises(Refused, match=r"different architecture: model\.flavor is"):
+    with pytest.raises(Refused, match=r"model\.flavor 'debug' → 'debug_gqa'"):
         check("--model.flavor=debug_gqa")
-    with pytest.raises(Refused, match=r"different dataset: training\.dataset is"):
+    with pytest.raises(Refused, match=r"training\.dataset 'stdlib' → 'stdlib_validation'"):
         check("--training.dataset=stdlib_validation")
     check("--lighthouse.enable", "--training.seq_len=512", "--training.local_batch_size=2")
     with pytest.raises(Refused, match="Stage 1 has 1,024 tokens per step"):
@@ -493,3 +500,88 @@ def test_the_trainer_holds_stage_2_to_the_same_contract(copy, monkeypatch):
     with pytest.raises(Refused, match="would be Stage 1 again, through Lighthouse at 1,024 tokens"):
         check("--lighthouse.enable")
     check("--lighthouse.enable", "--lighthouse.layers=1-3")
+
+
+def trainer_of(*words: str) -> LighthouseTrainer:
+    """With settings, and nothing built."""
+    trainer = LighthouseTrainer.__new__(LighthouseTrainer)
+    trainer.job_config = parse("debug.toml", *flags(SMALL), *words)
+    return trainer
+
+
+def test_the_trainer_refuses_another_run_in_its_folder(copy, monkeypatch):
+    """Before anything is built. On purpose it may, and says so."""
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    folder = f"--job.dump_folder={copy}"
+    same = trainer_of(folder)
+    same.check_before_build()
+    assert same._not_as_before == []
+    said = (
+        r"lighthouse\.top_k 128 → 256: .*/checkpoint/step-4 was trained otherwise, .*allow_changed lighthouse\.top_k$"
+    )
+    with pytest.raises(Refused, match=said):
+        trainer_of(folder, "--lighthouse.top_k=256").check_before_build()
+    with pytest.raises(Refused, match="makes 1,024 tokens per step → 2,048"):
+        trainer_of(folder, "--training.local_batch_size=2").check_before_build()
+    two = ["--checkpoint.load_step=2", "--lighthouse.top_k=256"]
+    with pytest.raises(Refused, match="/checkpoint/step-2 was trained otherwise"):
+        trainer_of(folder, *two).check_before_build()
+    allowed = trainer_of(folder, "--lighthouse.top_k=256", "--checkpoint.allow_changed=lighthouse.top_k")
+    allowed.check_before_build()
+    assert allowed._not_as_before == ["Not as in the checkpoint: lighthouse.top_k 128 → 256"]
+    # Another process leaves it to the first.
+    monkeypatch.setenv("RANK", "1")
+    trainer_of(folder, "--lighthouse.top_k=256").check_before_build()
+
+
+def test_both_stages_moved_together_go_on(copy, tmp_path, monkeypatch, capsys):
+    """Where everything that was saved names the old place; Stage 2 from the checkpoint of its own that it has."""
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    old, new = copy.parent, tmp_path.with_name(f"{tmp_path.name}-moved")
+    tokenizer = shutil.copytree(config_of(copy)["model"]["hf_assets_path"], old / "tokenizer")
+    config = config_of(copy)
+    config["model"]["hf_assets_path"] = str(tokenizer)
+    save_settings(copy, config)
+    stage2 = shutil.copytree(copy, old / "stage2")
+    config["lighthouse"] |= {"enable": False, "stage": 2, "stage1_checkpoint": f"{copy}/checkpoint/step-2"}
+    config["job"]["dump_folder"] = str(stage2)
+    origin = fingerprints.of_stage_before(f"{copy}/checkpoint/step-2", None)
+    save_settings(stage2, config, origin)
+    old.rename(new)
+
+    moved, before = new / "stage2", new / "stage1/checkpoint/step-2"
+    given = ["--", f"--model.hf_assets_path={new}/tokenizer"]
+    words = ["--dump-folder", moved, "--dry-run"]
+    resume_dense.main([str(word) for word in (before, *words, *given)])
+    assert f"Stage 2 from step 4 of Stage 2 to step 20, dense, in {moved}" in capsys.readouterr().out
+    # What it was started with, but for the folder.
+    stage = [
+        "--lighthouse.no-enable",
+        "--lighthouse.stage=2",
+        f"--lighthouse.stage1_checkpoint={copy}/checkpoint/step-2",
+    ]
+    trainer = trainer_of(*stage, f"--job.dump_folder={moved}", f"--model.hf_assets_path={new}/tokenizer")
+    trainer.check_before_build()
+    assert trainer._not_as_before == [] and trainer._reads["stage_before"] == origin["stage_before"]
+    stage1 = trainer_of(f"--job.dump_folder={new}/stage1", f"--model.hf_assets_path={new}/tokenizer")
+    stage1.check_before_build()
+    assert stage1._not_as_before == []
+    # Settings of the stage itself are held to its own checkpoint, before anything is launched.
+    message = refusal(capsys, before, *words, *given, "--debug.seed=5")
+    assert (
+        f"debug.seed 0 → 5: {moved}/checkpoint/step-4 was trained otherwise, and this would be another run" in message
+    )
+    # Another checkpoint at the same place is not what Stage 2 came from; nor is one that only has its name.
+    assert "already holds Stage 2 of" in refusal(capsys, new / "stage1/checkpoint/step-4", *words, *given)
+    save_settings(new / "stage1", config_of(new / "stage1"))
+    assert "already holds Stage 2 of" in refusal(capsys, before, *words, *given)
+
+
+def test_a_next_stage_takes_other_data_on_purpose(copy, tmp_path, capsys):
+    (tmp_path / "text").mkdir()
+    for name in ("one.py", "two.py"):
+        (tmp_path / "text" / name).write_text("x = 1")
+    words = [copy, "--dry-run", "--", f"--training.dataset_path={tmp_path}/text"]
+    resume_dense.main([*map(str, words), "--checkpoint.allow_changed=training.dataset_path"])
+    printed = capsys.readouterr().out
+    assert f"  Not as in the checkpoint: training.dataset_path ({tmp_path}/text) is not as it was: " in printed

@@ -197,7 +197,8 @@ def test_every_second_step_is_dense(tmp_path):
     for last in ("1", "3"):
         train(mixed, training__steps=last, **settings, lighthouse__dense_every="2")
     train(switched, training__steps="1", **settings)
-    train(switched, training__steps="2", **settings, lighthouse__no_enable=None)
+    allowed = {"checkpoint__allow_changed": "lighthouse.enable"}
+    train(switched, training__steps="2", **settings, lighthouse__no_enable=None, **allowed)
     ours, theirs = ([r for r in metrics(run) if "loss" in r] for run in (mixed, switched))
     assert [(r["loss"], r["grad_norm"]) for r in ours[:2]] == [(r["loss"], r["grad_norm"]) for r in theirs]
     assert [(r["dense"], r["dense_steps"]) for r in ours] == [(False, 0), (True, 1), (False, 0)]

@@ -120,6 +120,21 @@ def test_a_damaged_newest_is_named_once_set_aside_and_the_newest_sound_one_used(
     assert loaded_step(tmp_path) == 1 and names(tmp_path) == ["damaged-2", "damaged-3", "damaged-3.2", "step-1"]
 
 
+def test_the_checkpoint_that_is_used_is_compared_with_the_run(tmp_path, log):
+    """Also where it is not the newest: it may be of other settings. Refused, nothing is moved."""
+    save(manager(tmp_path), 1, 2)
+    truncate(tmp_path / "checkpoint/step-2/__0_0.distcp")
+    again = manager(tmp_path)
+
+    def compare(checkpoint: Path) -> None:
+        raise Refused(f"{checkpoint.name} is of another run")
+
+    again.compare = compare
+    with pytest.raises(Refused, match="step-1 is of another run"):
+        again.load()
+    assert names(tmp_path) == ["step-1", "step-2"]
+
+
 def test_a_step_that_was_named_is_refused_not_replaced(tmp_path):
     save(manager(tmp_path), 1, 2)
     truncate(tmp_path / "checkpoint/step-2/__0_0.distcp")

@@ -176,6 +176,13 @@ class Checkpoint(upstream.Checkpoint):
     is taken.
     """
 
+    allow_changed: list[str] = field(default_factory=list)
+    """
+    Settings that may differ from those that the checkpoint was trained with, although that makes it another run, for
+    example lighthouse.top_k; training.dataset_path and model.hf_assets_path stand for the files there. The table is in
+    docs/reliability.md
+    """
+
 
 @dataclass
 class JobConfig:

@@ -14,7 +14,7 @@ from typing import Any, cast
 from torchtitan.components.metrics import BaseLogger, LoggerContainer, MetricsProcessor
 from torchtitan.distributed import ParallelDims
 from torchtitan.experiments.lighthouse.job_config import MergedConfig
-from torchtitan.experiments.lighthouse.runs.checkpoints import first_stage_of
+from torchtitan.experiments.lighthouse.runs.checkpoints import first_stage_of, where_now
 from torchtitan.experiments.lighthouse.runs.records import METRICS_FILE, name_of, read_metrics, stage_of
 from torchtitan.experiments.lighthouse.seams.metrics import logs_here, print_colours_to_terminals_only, step_line
 from torchtitan.protocols.model import BaseModelArgs
@@ -88,7 +88,9 @@ def wandb_environment(job_config: MergedConfig) -> dict[str, str]:
     """
     folder = Path(job_config.job.dump_folder)
     origin = job_config.lighthouse.stage1_checkpoint
-    stage1 = first_stage_of(Path(origin)) if origin else folder
+    stage1 = first_stage_of(where_now(Path(origin), folder)) if origin else folder
+    if not stage1.is_dir():
+        stage1 = folder  # Nothing is to be made where a run was once.
     return {
         "WANDB_PROJECT": "lighthouse",
         "WANDB_RUN_ID": _kept_id(folder),

@@ -12,6 +12,9 @@ continue it take them over; the stage before stays as it is:
 
     python scripts/resume_dense.py RUN -- --activation_checkpoint.mode full
 
+Model, tokenizer and data stay those of the run, wherever their files lie now. Another one is refused, unless
+"-- --checkpoint.allow_changed training.dataset_path" names it (docs/reliability.md has the table of settings).
+
 Stages form a chain of any length, and only the first is started without this command. Dense at 8,192 tokens, then
 through Lighthouse at 98,304, then dense at 98,304:
 
@@ -46,30 +49,35 @@ def resume(options: argparse.Namespace, overrides: list[str]) -> None:
     """
     from dataclasses import asdict
 
-    from torchtitan.experiments.lighthouse.runs import contract, launch, lock, next_stage
+    from torchtitan.experiments.lighthouse.runs import contract, fingerprints, launch, lock, next_stage, stages
 
-    before = contract.find_stage_before(options.before, options.verify)
+    before = stages.find_stage_before(options.before, options.verify)
     folder = options.dump_folder or next_stage.default_folder(before, options.attention, options.seq_len)
     torchrun = options.torchrun or launch.one_node(before.world_size)
     processes = launch.read_torchrun(torchrun)
-    ranks = max(1, processes.world_size // contract.model_parallel_size(before.config))
+    ranks = max(1, processes.world_size // stages.model_parallel_size(before.config))
     config = next_stage.next_settings(before, folder, options.total_steps, options.attention, options.seq_len, ranks)
     toml = next_stage.as_toml(config)
     changes = [*next_stage.explicit_none(config), *overrides]
     merged = next_stage.merge(toml, changes)
     newest = next_stage.newest_step_in(folder, before, merged)
     next_stage.check_overrides(before, config, merged)
-    contract.check_continuation(before, merged, processes.world_size)
+    reads = fingerprints.of_run(merged)
+    lines = contract.check_continuation(before, merged, processes.world_size, reads)
+    if newest is not None and (there := contract.to_resume(merged)) is not None:
+        lines = contract.check_resume(there, merged, processes.world_size, reads)
 
     this, last = before.next_name, merged.training.steps
     if newest is not None and newest >= last:
         print(f"{this} in {folder} is complete: {newest:,} of {last:,} steps.")
         return
     start = f"step {newest:,} of {this}" if newest is not None else f"{before.checkpoint} (step {before.step:,})"
-    attention, count = contract.attention_of(asdict(merged)), processes.world_size
+    attention, count = stages.attention_of(asdict(merged)), processes.world_size
     print(f"{this} from {start} to step {last:,}, {attention}, in {folder}, {count} process(es)")
     for name, earlier, now in next_stage.differences(before.config, asdict(merged)):
         print(f"  {name}: {earlier!r} -> {now!r}")
+    for line in lines:
+        print(f"  {line}")
     file = folder / before.settings_file
     command = launch.trainer_command(torchrun, ["--job.config_file", str(file), *changes])
     if options.dry_run:

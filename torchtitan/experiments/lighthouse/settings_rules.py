@@ -13,6 +13,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from torchtitan.experiments.lighthouse.errors import Refused
+from torchtitan.experiments.lighthouse.runs.may_change import check_allowed
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,8 @@ def check_settings(config: Any) -> None:
     Raises:
         Refused: naming the setting, its value, the rule and the nearest valid value.
     """
+    known = {name for name, *_ in _settings_of(config)}
+    check_allowed(getattr(config.checkpoint, "allow_changed", ()), known)  # not in upstream's own
     for name, value, kind, default in _settings_of(config):
         _check_type(name, value, kind)
         limits = RANGES.get(name)

@@ -12,8 +12,9 @@ use_cpu_without_accelerator()
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -29,8 +30,7 @@ from torchtitan.experiments.lighthouse.job_config import MergedConfig, check_deg
 from torchtitan.experiments.lighthouse.loss import Processed, with_labels
 from torchtitan.experiments.lighthouse.metrics import LighthouseMetricsProcessor
 from torchtitan.experiments.lighthouse.model.model import LighthouseTransformer, dense_attention
-from torchtitan.experiments.lighthouse.runs import contract, lock, saving
-from torchtitan.experiments.lighthouse.runs.checkpoints import complete_checkpoints_in
+from torchtitan.experiments.lighthouse.runs import contract, fingerprints, lock, saving, stages
 from torchtitan.experiments.lighthouse.runs.records import number_of, stage_of
 from torchtitan.experiments.lighthouse.runs.settings import model_arguments
 from torchtitan.experiments.lighthouse.runs.stopping import Requests
@@ -42,6 +42,11 @@ from torchtitan.tools.logging import logger
 class LighthouseTrainer(seam.HookedTrainer):
     #: Step, its loss and gradient norm on their way to the host, and the event at which they have arrived there.
     _unchecked: tuple[int, Tensor, torch.Event | None] | None = None
+
+    #: What the run reads, on the first rank, and lines that say what is not as in the checkpoint that it goes on from.
+    _reads: dict[str, Any] | None = None
+    _not_as_before: Sequence[str] = ()
+    _compared: Path | None = None
 
     def check_before_build(self) -> None:
         if "WORLD_SIZE" not in os.environ:
@@ -55,19 +60,33 @@ class LighthouseTrainer(seam.HookedTrainer):
         check_tokenizer(self.job_config)
         if os.environ.get("RANK") == "0":
             lock.hold(Path(self.job_config.job.dump_folder))
-        origin = self.job_config.lighthouse.stage1_checkpoint
+        origin, own = self.job_config.lighthouse.stage1_checkpoint, contract.to_resume(self.job_config)
+        if os.environ.get("RANK", "0") == "0" and self.job_config.checkpoint.enable:
+            self._reads = fingerprints.of_run(self.job_config) | fingerprints.of_stage_before(origin, own)
         # Once a stage has a checkpoint of its own, it continues that one, and the one that it came from may be gone.
-        starts = not complete_checkpoints_in(Path(self._checkpoint_folder()))
-        if origin and starts and Path(origin).is_dir():
+        if own is not None:
+            self._compare(own)
+        elif origin and Path(origin).is_dir():
             # Sizes only: contents are compared where it is loaded, each process a share of them.
-            before = contract.find_stage_before(Path(origin), verify="size")
-            contract.check_continuation(before, self.job_config, world_size)
+            before = stages.find_stage_before(Path(origin), verify="size")
+            self._not_as_before = contract.check_continuation(before, self.job_config, world_size, self._reads)
         if self.job_config.checkpoint.enable and not self.job_config.checkpoint.load_only:
             saving.check_writable(Path(self._checkpoint_folder()))
 
     def checkpoint_manager(self) -> Callable[..., CheckpointManager]:
-        verify, about = self.job_config.checkpoint.verify, saving.about(self.job_config)
-        return partial(saving.SoundCheckpoints, verify=verify, about=about)
+        config = self.job_config
+        ranks = max(1, int(os.environ["WORLD_SIZE"]) // stages.model_parallel_size(asdict(config)))
+        about = saving.about(config, self._reads or {}, stages.tokens_per_step(asdict(config), ranks))
+        verify, compare = config.checkpoint.verify, self._compare
+        return partial(saving.SoundCheckpoints, verify=verify, about=about, compare=compare)
+
+    def _compare(self, checkpoint: Path) -> None:
+        """Whether a checkpoint in the run's own folder is of this run; on the first rank, which says it for all."""
+        if self._reads is None or checkpoint == self._compared:
+            return
+        world_size = int(os.environ["WORLD_SIZE"])
+        self._not_as_before = contract.check_resume(checkpoint, self.job_config, world_size, self._reads)
+        self._compared = checkpoint
 
     def around_step(self) -> AbstractContextManager[None]:
         """Dense attention in all layers, in the steps that ``lighthouse.dense_every`` names."""
@@ -149,8 +168,10 @@ class LighthouseTrainer(seam.HookedTrainer):
             f"{stage} starts after step {self.step:,}, {seam.tokens_seen_by_all(self):,} tokens seen; learning rate "
             f"{rate:.4e}"
         )
-        for name, before, now in self.changed_settings:
-            logger.info(f"Not as in the checkpoint: {name} {before} → {now}")
+        lines = [f"Not as in the checkpoint: {name} {before} → {now}" for name, before, now in self.changed_settings]
+        # The optimizer's settings may be among both.
+        for line in dict.fromkeys([*lines, *self._not_as_before]):
+            logger.info(line)
         if origin := config.lighthouse.stage1_checkpoint:
             logger.info(f"Stage {number_of(stage) - 1} checkpoint: {origin}")
 

@@ -19,7 +19,7 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -78,6 +78,21 @@ def register_datasets() -> None:
             DATASETS[name + suffix] = DatasetConfig(
                 path=path, loader=TextFiles(list_files, split), sample_processor=encodable_text
             )
+
+
+def training_files(section: Training) -> tuple[str, list[str]] | None:
+    """The folder or repository of [training]'s dataset, and its files in the order in which they are read.
+
+    None for a dataset that another module has registered.
+
+    Raises:
+        DataError: if there are none.
+    """
+    registered = DATASETS.get(section.dataset.lower())
+    if registered is None or not isinstance(registered.loader, TextFiles):
+        return None
+    path = section.dataset_path or registered.path
+    return path, registered.loader.files(path)
 
 
 def build_dataloader(
@@ -193,6 +208,7 @@ def _list_folder(path: str, split: str) -> list[str]:
     return [str(file) for file in files]
 
 
+@cache  # It takes a second, and Python's own library stays as it is.
 def _list_python_sources(path: str, split: str) -> list[str]:
     """The .py files below `path`, one document each; every 20th is for validation.
 

@@ -21,3 +21,10 @@ def build_tokenizer(job_config: JobConfig) -> HuggingFaceTokenizer:
     # plain characters. BOS and EOS come from `encode(add_bos=True, add_eos=True)`, which adds them by id.
     tokenizer.tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files there that upstream's tokenizer reads, and that decide what tokens a text has."""
+    whole = (folder / "tokenizer.json").is_file()
+    names = ("tokenizer.json",) if whole else ("vocab.json", "vocab.txt", "merges.txt")
+    return [file for name in (*names, "tokenizer_config.json") if (file := folder / name).is_file()]

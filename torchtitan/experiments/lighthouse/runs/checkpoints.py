@@ -69,7 +69,13 @@ def first_stage_of(checkpoint: Path) -> Path:
     config_file = folder / CONFIG_FILE
     config = json.loads(config_file.read_text()) if config_file.is_file() else {}
     origin = config.get("lighthouse", {}).get("stage1_checkpoint", "")
-    return first_stage_of(Path(origin)) if origin else folder
+    return first_stage_of(where_now(Path(origin), folder)) if origin else folder
+
+
+def where_now(origin: Path, folder: Path) -> Path:
+    """The checkpoint ``origin`` from which the run in ``folder`` started; beside it, where both have been moved."""
+    beside = folder.absolute().parent.joinpath(*origin.parts[-3:])
+    return beside if beside.is_dir() and not origin.is_dir() else origin
 
 
 def config_file_of(path: Path) -> Path:
@@ -88,11 +94,33 @@ def config_file_of(path: Path) -> Path:
 
 def read_config(file: Path) -> dict[str, Any]:
     """The settings in a run's ``config.json``, by today's names where an older version saved them."""
-    config: dict[str, Any] = json.loads(file.read_text())
+    return by_todays_names(json.loads(file.read_text()))
+
+
+def by_todays_names(config: dict[str, Any]) -> dict[str, Any]:
+    """Saved settings, where an older version or another installation saved them."""
     section = config.get("lighthouse", {})
     if section.pop("delay_scores", False):
         section.setdefault("selection", "delayed")
+    assets = Path(config.get("model", {}).get("hf_assets_path", ""))
+    shipped = Path(__file__).absolute().parents[1] / "byte_tokenizer"
+    if assets.parts[-3:] == shipped.parts[-3:] and not assets.is_dir():
+        config["model"]["hf_assets_path"] = str(shipped)
     return config
+
+
+def saved_with(checkpoint: Path) -> dict[str, Any] | None:
+    """What a checkpoint says of itself, its manifest: ``settings``, by today's names, ``fingerprints``, and others.
+
+    None for one that has no manifest, or a damaged one.
+    """
+    try:
+        saved = manifest.read(checkpoint)
+    except manifest.BadManifest:
+        return None
+    if saved is not None:
+        by_todays_names(saved["settings"])
+    return saved
 
 
 def find_checkpoint(path: Path, verify: Verify = "digest") -> Path:

@@ -1,194 +1,200 @@
-"""The contract between a stage and the next one: what must equal, what may change, what is refused.
+"""What a run that goes on must have in common with what was trained before: in its own folder, and as the next stage.
 
-Stages form a chain of any length. Each has its own attention, layers and context. Weights, optimizer, schedule, data
-position and tokens per step are those of the stage before. The command (``resume_dense``) checks it before it launches
-anything, and the trainer again before it builds anything.
+``runs.may_change`` says which settings may change. Stages form a chain of any length. Each has its own attention,
+layers and context. Weights, optimizer, schedule, data position and tokens per step are those of the stage before. The
+command (``resume_dense``) checks it before it launches anything, and the trainer again before it builds anything.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
-import io
 import math
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
-from torchtitan.experiments.lighthouse.data.stream_loader import (
-    HEADER,
-    Header,
-    nearest_divisors,
-    ranks_in,
-    streams_in,
-)
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torchtitan.experiments.lighthouse.data.stream_loader import Header, nearest_divisors
 from torchtitan.experiments.lighthouse.errors import Refused
-from torchtitan.experiments.lighthouse.job_config import MergedConfig
+from torchtitan.experiments.lighthouse.job_config import Lighthouse, MergedConfig, parse_layers
+from torchtitan.experiments.lighthouse.runs import fingerprints, may_change
 from torchtitan.experiments.lighthouse.runs.checkpoints import (
-    POSITION,
-    Verify,
-    config_file_of,
-    find_checkpoint,
-    position_keys,
+    CONFIG_FILE,
+    complete_checkpoints_in,
+    dump_folder_of,
     read_config,
-    read_metadata,
-    step_of,
+    saved_with,
 )
-from torchtitan.experiments.lighthouse.runs.records import stage_number
+from torchtitan.experiments.lighthouse.runs.may_change import Change
 from torchtitan.experiments.lighthouse.runs.settings import build_model, model_arguments
-
-#: Settings that must equal those of the stage before, by what they decide. Shapes and tokenizer files are compared by
-#: content besides.
-MUST_EQUAL = {
-    "architecture": ("model.name", "model.flavor"),
-    "dataset": ("training.dataset", "training.dataset_path"),
-}
+from torchtitan.experiments.lighthouse.runs.stages import (
+    StageBefore,
+    attention_of,
+    model_parallel_size,
+    sequences_per_step,
+    stage_number_of,
+    tokens_per_step,
+)
 
 GIVE_UP = "To give the data position up: -- --checkpoint.exclude_from_loading dataloader"
 
-#: What the checkpoint must hold beside the weights.
-FULL_STATE = ("optimizer", "lr_scheduler", "dataloader", "train_state")
+#: By kind, as ``fingerprints.of_run``; None where another process looks at them.
+Fingerprints = Mapping[str, Any] | None
 
 
-@dataclass
-class StageBefore:
-    """A run, and the checkpoint of it that the next stage starts from."""
-
-    config: dict[str, Any]
-    checkpoint: Path
-    metadata: Metadata
-
-    @property
-    def step(self) -> int:
-        return step_of(self.checkpoint)
-
-    @property
-    def number(self) -> int:
-        """1 for a run from scratch."""
-        return stage_number_of(self.config)
-
-    @property
-    def name(self) -> str:
-        return f"Stage {self.number}"
-
-    @property
-    def next_name(self) -> str:
-        return f"Stage {self.number + 1}"
-
-    @property
-    def settings_file(self) -> str:
-        """The file in the next stage's folder that the command writes."""
-        return f"stage{self.number + 1}.toml"
-
-    @cached_property
-    def position(self) -> Header | None:
-        """None for a data position that an older version saved."""
-        return read_position(self.checkpoint, self.metadata)
-
-    @property
-    def data_parallel_size(self) -> int:
-        return self.position.ranks if self.position else ranks_in(position_keys(self.metadata))
-
-    @property
-    def world_size(self) -> int:
-        return self.data_parallel_size * model_parallel_size(self.config)
-
-    @property
-    def tokens_per_step(self) -> int:
-        if self.position:
-            return self.position.tokens_per_step
-        return tokens_per_step(self.config, self.data_parallel_size)
+def to_resume(settings: MergedConfig) -> Path | None:
+    """The checkpoint in the run's own folder from which it goes on, as far as names tell; None where it starts."""
+    checkpoint = settings.checkpoint
+    complete = complete_checkpoints_in(Path(settings.job.dump_folder) / checkpoint.folder)
+    named = [path for path in complete if path.name == f"step-{checkpoint.load_step}"]
+    return next(reversed(named or complete), None)
 
 
-def find_stage_before(path: Path, verify: Verify = "digest") -> StageBefore:
-    """The run and checkpoint at ``path``, a dump folder (its newest sound checkpoint) or one checkpoint folder.
+def check_resume(checkpoint: Path, settings: MergedConfig, world_size: int, reads: Fingerprints) -> list[str]:
+    """Whether a run with ``settings`` in its own folder is the one that saved ``checkpoint``.
+
+    Args:
+        reads: what it reads now.
+
+    Returns:
+        Lines that say what is not as in the checkpoint.
 
     Raises:
-        Refused: if there is none, or it is not a sound full checkpoint of this trainer.
+        Refused: naming what makes it another run: settings, files, and how to allow it.
     """
-    config_file = config_file_of(path)
-    config = read_config(config_file)
-    if "lighthouse" not in config:
-        raise Refused(f"{config_file} has no [lighthouse] section, so this is no run of this trainer")
-    checkpoint = find_checkpoint(path, verify)
-    metadata = read_metadata(checkpoint)
-    keys = metadata.state_dict_metadata
-    missing = [part for part in FULL_STATE if not any(key.startswith(f"{part}.") for key in keys)]
-    before = StageBefore(config, checkpoint, metadata)
-    if missing:
-        raise Refused(
-            f"{checkpoint} is a model-only checkpoint: it lacks {', '.join(missing)}. {before.next_name} needs the "
-            f"full state; train {before.name} with checkpoint.last_save_model_only=false, or name an earlier "
-            "checkpoint of the run"
-        )
-    return before
+    saved, file = saved_with(checkpoint), dump_folder_of(checkpoint) / CONFIG_FILE
+    if saved is None:
+        if not file.is_file():
+            return [f"{checkpoint} does not say with which settings it was trained: they are not compared"]
+        # Of the last start, which nothing has replaced yet.
+        saved = {"settings": read_config(file)}
+    found = _changes(saved["settings"], saved.get("fingerprints", {}), settings, reads)
+    found += _changed_step(saved, settings, world_size)
+    why = f"{checkpoint} was trained otherwise, and this would be another run. Choose another job.dump_folder"
+    allowed = settings.checkpoint.allow_changed
+    done, idle = may_change.judge(found, may_change.IN_OWN_FOLDER, allowed, why, "--checkpoint.allow_changed")
+    return [*map(_line, done), *map(_idle_line, idle)]
 
 
-def read_position(checkpoint: Path, metadata: Metadata) -> Header | None:
-    """What the data position says of the run; None for one that an older version saved."""
-    if not streams_in(position_keys(metadata)):
-        return None
-    where = metadata.storage_data[MetadataIndex(POSITION + HEADER)]
-    with (checkpoint / where.relative_path).open("rb") as file:
-        file.seek(where.offset)
-        saved = file.read(where.length)
-    return Header.from_json(torch.load(io.BytesIO(saved), weights_only=True))
-
-
-def tokens_per_step(config: dict[str, Any], data_parallel_size: int) -> int:
-    return sequences_per_step(config, data_parallel_size) * int(config["training"]["seq_len"])
-
-
-def sequences_per_step(config: dict[str, Any], data_parallel_size: int) -> int:
-    """The global batch size; upstream reads a negative one as that without gradient accumulation."""
-    training = config["training"]
-    together = int(training["global_batch_size"])
-    return together if together >= 0 else int(training["local_batch_size"]) * data_parallel_size
-
-
-def check_continuation(before: StageBefore, settings: MergedConfig, world_size: int) -> None:
+def check_continuation(before: StageBefore, settings: MergedConfig, world_size: int, reads: Fingerprints) -> list[str]:
     """A stage with ``settings`` on ``world_size`` processes must train the same model on the same data.
 
+    Args:
+        reads: what it reads now.
+
+    Returns:
+        Lines that say what was allowed to differ all the same.
+
     Raises:
-        Refused: naming what differs (architecture, tokenizer, dataset, tokens per step), how many processes can go on
+        Refused: naming what differs (architecture, tokenizer, data, tokens per step), how many processes can go on
             from the data position, what cannot be built at this context, or that nothing at all is new.
     """
     saved, after = before.config, asdict(settings)
-
-    def refuse_difference(what: str, *names: str) -> None:
-        for setting in names:
-            section, name = setting.split(".")
-            if saved[section][name] != after[section][name]:
-                raise Refused(
-                    f"different {what}: {setting} is {saved[section][name]!r} in {before.name} and "
-                    f"{after[section][name]!r} here; {before.next_name} continues with {before.name}'s"
-                )
-
-    refuse_difference("architecture", *MUST_EQUAL["architecture"])
-    if _tokenizer_digest(saved["model"]["hf_assets_path"]) != _tokenizer_digest(settings.model.hf_assets_path):
-        refuse_difference("tokenizer", "model.hf_assets_path")
-    refuse_difference("dataset", *MUST_EQUAL["dataset"])
+    allowed = settings.checkpoint.allow_changed
+    found = _changes(saved, before.fingerprints, settings, reads)
+    why = (
+        f"{before.checkpoint} was trained otherwise, and {before.next_name} continues it. Leave it as in {before.name}"
+    )
+    done, _ = may_change.judge(found, may_change.IN_NEXT_STAGE, allowed, why, "-- --checkpoint.allow_changed")
     _refuse_the_same_again(before, after)
     size = max(1, world_size // model_parallel_size(after))
     same_size, keeps_position = size == before.data_parallel_size, True
+    same_tokens = "training.global_batch_size" not in allowed
     if "dataloader" in settings.checkpoint.exclude_from_loading:
         keeps_position = False
     elif before.position is None:
         _check_readers(before, after, size)
     elif not same_size:
-        _check_ranks(before.position, after, size)
-    if after["training"]["seq_len"] != saved["training"]["seq_len"] or (keeps_position and not same_size):
+        _check_ranks(before.position, after, size, None if same_tokens else sequences_per_step(after, size))
+    another_context = after["training"]["seq_len"] != saved["training"]["seq_len"]
+    if same_tokens and (another_context or (keeps_position and not same_size)):
         _check_tokens_per_step(before, settings, size)
-    elif not same_size:
+    elif another_context or not same_size:
         _check_local_batch(settings, size)
     try:
         check_context(settings)
     except ValueError as error:
         raise Refused(f"{before.next_name} cannot be built: {error}") from error
     _check_shapes(before, settings)
+    return [_line(change) for change in done if may_change.rule_of(change.setting) in may_change.IN_NEXT_STAGE]
+
+
+def _line(change: Change) -> str:
+    return f"Not as in the checkpoint: {change}"
+
+
+def _idle_line(setting: str) -> str:
+    return f"checkpoint.allow_changed: {setting} need not be there: nothing has to be allowed"
+
+
+def _changes(
+    saved: dict[str, Any], read: Mapping[str, Any], settings: MergedConfig, reads: Fingerprints
+) -> list[Change]:
+    """What differs, settings and files.
+
+    Args:
+        saved: the settings of the checkpoint.
+        read: the fingerprints of the checkpoint.
+        reads: those of now.
+    """
+    now = asdict(settings)
+    found = may_change.changes(saved, now, asdict(type(settings)()))
+    names = {change.setting for change in found}
+    if "lighthouse.layers" in names and _layers(saved, settings) == _layers(now, settings):
+        found = [change for change in found if change.setting != "lighthouse.layers"]
+    if reads is None:
+        return found
+    for kind, setting in fingerprints.SETTINGS.items():
+        if kind == "data" and "training.dataset" in names:
+            continue  # all of it
+        section, name = setting.split(".")
+        was, path = saved.get(section, {}).get(name) or None, now[section][name] or None
+        then, here = read.get(kind), reads.get(kind)
+        if then is None and was == path:
+            continue  # An older version has not said what was there.
+        then = then or _still_there(kind, section, name, was, settings)
+        if then is None or here is None:
+            if was != path:
+                found.append(Change(setting, f"{was!r} → {path!r}"))
+        elif what := fingerprints.difference(then, here):
+            found.append(Change(setting, f"({path}) is not as it was: {what}" if path else f"is not as it was: {what}"))
+    return found
+
+
+def _still_there(kind: str, section: str, name: str, path: str | None, settings: MergedConfig) -> Any:
+    """The fingerprint of what now lies where an older version's settings say; None if nothing does."""
+    before = copy.deepcopy(settings)
+    setattr(getattr(before, section), name, path)
+    try:
+        return fingerprints.of_kind(kind, before)
+    except Refused:
+        return None
+
+
+def _layers(config: dict[str, Any], settings: MergedConfig) -> Any:
+    layers = config.get("lighthouse", {}).get("layers", Lighthouse.layers)
+    try:
+        return parse_layers(layers, model_arguments(settings).n_layers)
+    except ValueError:
+        return layers
+
+
+def _changed_step(saved: dict[str, Any], settings: MergedConfig, world_size: int) -> list[Change]:
+    """Another number of tokens in a step, whatever batch sizes and processes make it."""
+    after, training = asdict(settings), saved["settings"].get("training", {})
+    was = saved.get("tokens_per_step")
+    if was is None:
+        if training.get("global_batch_size", -1) < 0:
+            return []  # Not known. The data position compares.
+        was = tokens_per_step(saved["settings"], 1)
+    now = tokens_per_step(after, max(1, world_size // model_parallel_size(after)))
+    if now == was:
+        return []
+    keeps = was // settings.training.seq_len
+    hint = f" (training.global_batch_size {keeps} keeps them)" if keeps * settings.training.seq_len == was else ""
+    return [Change("training.global_batch_size", f"makes {was:,} tokens per step → {now:,}{hint}")]
 
 
 def _refuse_the_same_again(before: StageBefore, after: dict[str, Any]) -> None:
@@ -205,10 +211,14 @@ def _refuse_the_same_again(before: StageBefore, after: dict[str, Any]) -> None:
         )
 
 
-def _check_ranks(position: Header, after: dict[str, Any], size: int) -> None:
-    """Each rank reads as many streams, and takes as many sequences of a step."""
+def _check_ranks(position: Header, after: dict[str, Any], size: int, sequences: int | None) -> None:
+    """Each rank reads as many streams, and takes as many sequences of a step.
+
+    Args:
+        sequences: of a step, where it need not have as many tokens as before.
+    """
     model_parallel = model_parallel_size(after)
-    sequences = position.tokens_per_step // max(1, after["training"]["seq_len"])
+    sequences = sequences or position.tokens_per_step // max(1, after["training"]["seq_len"])
     valid = math.gcd(position.streams, sequences)
     if valid % size:
         nearest = [size * model_parallel for size in nearest_divisors(valid, size)]
@@ -307,16 +317,6 @@ def check_context(settings: MergedConfig) -> None:
     model_arguments(settings)
 
 
-def attention_of(config: dict[str, Any]) -> str:
-    """In words."""
-    return "through Lighthouse" if config["lighthouse"]["enable"] else "dense"
-
-
-def model_parallel_size(config: dict[str, Any]) -> int:
-    """Processes that hold one replica of the model."""
-    return math.prod(config["parallelism"][f"{kind}_parallel_degree"] for kind in ("tensor", "pipeline", "context"))
-
-
 def refuse_unloaded(settings: MergedConfig, checkpoint_folder: str) -> None:
     """A next stage that starts at step 0 has loaded nothing: upstream goes on from random weights in silence.
 
@@ -329,11 +329,6 @@ def refuse_unloaded(settings: MergedConfig, checkpoint_folder: str) -> None:
         f"{settings.lighthouse.stage1_checkpoint} was not read and training would start from random "
         f"weights. Start {stage} with scripts/resume_dense.py, which sets the unfinished folder aside."
     )
-
-
-def stage_number_of(config: dict[str, Any]) -> int:
-    section = config["lighthouse"]
-    return stage_number(section.get("stage", 0), section.get("stage1_checkpoint", ""))
 
 
 def _check_shapes(before: StageBefore, settings: MergedConfig) -> None:
@@ -354,10 +349,3 @@ def _check_shapes(before: StageBefore, settings: MergedConfig) -> None:
 
 def _shape(size: torch.Size | None) -> str:
     return "absent" if size is None else str(tuple(size))
-
-
-def _tokenizer_digest(folder: str) -> str:
-    files = [Path(folder) / name for name in ("tokenizer.json", "tokenizer_config.json")]
-    if not files[0].is_file():
-        raise Refused(f"tokenizer: {files[0]} does not exist (relative paths start at {Path.cwd()})")
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files if file.is_file())).hexdigest()

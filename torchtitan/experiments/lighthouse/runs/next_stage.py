@@ -19,10 +19,12 @@ from torchtitan.experiments.lighthouse.runs.checkpoints import (
     CONFIG_FILE,
     complete_checkpoints_in,
     dump_folder_of,
+    saved_with,
     step_of,
 )
-from torchtitan.experiments.lighthouse.runs.contract import StageBefore, attention_of, stage_number_of
+from torchtitan.experiments.lighthouse.runs.fingerprints import STAGE_BEFORE, of_checkpoint
 from torchtitan.experiments.lighthouse.runs.lock import LOCK_FILE
+from torchtitan.experiments.lighthouse.runs.stages import StageBefore, attention_of, stage_number_of
 from torchtitan.experiments.lighthouse.settings_rules import check_settings
 
 Attention = Literal["dense", "lighthouse"]
@@ -95,8 +97,9 @@ def next_settings(
         "initial_load_path": str(before.checkpoint),
         "initial_load_model_only": False,
         "initial_load_in_hf": False,
-        # A stage that gave its data position up did so for itself.
+        # A stage that gave its data position up, or took other data, did so for itself.
         "exclude_from_loading": [],
+        "allow_changed": [],
     }
     return config
 
@@ -186,7 +189,8 @@ def newest_step_in(folder: Path, before: StageBefore, settings: MergedConfig) ->
     config_file = folder / CONFIG_FILE
     config = json.loads(config_file.read_text()) if config_file.is_file() else {}
     origin = config.get("lighthouse", {}).get("stage1_checkpoint", "")
-    if not origin or Path(origin).resolve() != before.checkpoint:
+    complete = complete_checkpoints_in(folder / config["checkpoint"]["folder"]) if origin else []
+    if not origin or not _is_from(origin, complete[-1] if complete else None, before.checkpoint):
         what = (
             f"Stage {stage_number_of(config)} of {origin}" if origin else f"a run or files that are not of this {this}"
         )
@@ -197,8 +201,23 @@ def newest_step_in(folder: Path, before: StageBefore, settings: MergedConfig) ->
             f"{folder} already holds {this} {there[0]} at {there[1]:,} tokens, and this one is {wanted[0]} at "
             f"{wanted[1]:,}; choose another --dump-folder"
         )
-    complete = complete_checkpoints_in(folder / config["checkpoint"]["folder"])
     return step_of(complete[-1]) if complete else None
+
+
+def _is_from(origin: str, newest: Path | None, before: Path) -> bool:
+    """Whether a stage started from the checkpoint ``before``, also where both have been moved since.
+
+    Args:
+        origin: where that was then.
+        newest: the stage's own newest checkpoint. It may say what that was.
+    """
+    if Path(origin).resolve() == before:
+        return True
+    saved = (saved_with(newest) if newest is not None else None) or {}
+    if known := saved.get("fingerprints", {}).get(STAGE_BEFORE):
+        return bool(known == of_checkpoint(before))
+    # Nothing says more than the names of the run and of the step.
+    return not Path(origin).exists() and Path(origin).parts[-3:] == before.parts[-3:]
 
 
 def prepare(file: Path, toml: str, checkpoint_folder: Path | None) -> None:

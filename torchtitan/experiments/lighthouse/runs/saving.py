@@ -17,7 +17,7 @@ import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from itertools import count
@@ -56,14 +56,22 @@ class SoundCheckpoints(seam.HookedCheckpoints):
     Args:
         verify: ``checkpoint.verify``.
         about: of the manifests.
+        compare: called on the first rank with the checkpoint that is loaded; it refuses one of another run.
         others: upstream's arguments.
     """
 
     mark = HAS_MANIFEST
     _needed = 0
 
-    def __init__(self, *, verify: Verify, about: Mapping[str, Any], **others: Any) -> None:
-        self.verify, self.about = verify, about
+    def __init__(
+        self,
+        *,
+        verify: Verify,
+        about: Mapping[str, Any],
+        compare: Callable[[Path], None] = lambda checkpoint: None,
+        **others: Any,
+    ) -> None:
+        self.verify, self.about, self.compare = verify, about, compare
         mode = others["checkpoint_config"].async_mode
         if mode.lower() == AsyncMode.ASYNC_WITH_PINNED_MEM and not torch.accelerator.is_available():
             # Upstream's assertion would come at the first save.
@@ -138,6 +146,7 @@ class SoundCheckpoints(seam.HookedCheckpoints):
 
     def _report(self, folder: Path, damaged: Mapping[int, str], chosen: int) -> None:
         """Name what is passed over for ``chosen``, and set the damaged ones aside, so that they are named once."""
+        self.compare(folder / f"step-{chosen}")
         for path in checkpoints_in(folder):
             if step_of(path) > chosen and not is_complete(path):
                 logger.warning(f"{path} is unfinished (no .metadata); using step-{chosen}")
@@ -233,18 +242,20 @@ class SoundCheckpoints(seam.HookedCheckpoints):
         return stale
 
 
-def about(settings: MergedConfig, fingerprints: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def about(settings: MergedConfig, fingerprints: Mapping[str, Any], tokens_per_step: int) -> dict[str, Any]:
     """What a manifest says of the run.
 
     Args:
         fingerprints: of what it reads: tokenizer and data files.
+        tokens_per_step: of all processes. Settings alone do not always say so.
     """
     packages = {"lighthouse": "lighthouse-attention", "torchtitan": "torchtitan", "torch": "torch"}
     versions = {name: importlib.metadata.version(package) for name, package in packages.items()}
     return {
         "settings": asdict(settings),
         "versions": versions | {"python": platform.python_version()},
-        "fingerprints": dict(fingerprints or {}),
+        "fingerprints": dict(fingerprints),
+        "tokens_per_step": tokens_per_step,
     }
 
 

@@ -13,8 +13,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchtitan.components.lr_scheduler import LRSchedulersContainer
 from torchtitan.components.optimizer import OptimizersContainer
 
-#: Of a group: its name in torch, and that of the setting.
-SETTINGS = {"initial_lr": "lr", "betas": "beta1, beta2", "eps": "eps", "weight_decay": "weight_decay"}
+#: Of a group: its name in torch, and that of the setting, or of each of its numbers.
+SETTINGS = {"initial_lr": ("lr",), "betas": ("beta1", "beta2"), "eps": ("eps",), "weight_decay": ("weight_decay",)}
 
 #: Of each optimizer, of each of its groups.
 Settings = list[list[dict[str, Any]]]
@@ -41,8 +41,10 @@ def apply_settings(
     for optimizer, scheduler, groups in zip(optimizers, schedulers, wanted, strict=True):
         for number, (group, settings) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
             for name, value in settings.items():
-                if not _equal(group[name], value):
-                    changed[f"optimizer.{SETTINGS[name]}"] = group[name], value
+                pairs = list(zip(SETTINGS[name], _numbers(group[name]), _numbers(value), strict=True))
+                differing = {f"optimizer.{setting}": (was, now) for setting, was, now in pairs if not _equal(was, now)}
+                if differing:
+                    changed |= differing
                     group[name] = value
             scheduler.base_lrs[number] = group["initial_lr"]
             rate = group["initial_lr"] * cast(LambdaLR, scheduler).lr_lambdas[number](scheduler.last_epoch)
@@ -52,6 +54,9 @@ def apply_settings(
     return [(name, before, now) for name, (before, now) in changed.items()]
 
 
+def _numbers(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (tuple, list)) else [value]
+
+
 def _equal(one: Any, other: Any) -> bool:
-    pairs = zip(one, other, strict=True) if isinstance(other, (tuple, list)) else [(one, other)]
-    return all(math.isclose(float(a), float(b), rel_tol=1e-9) for a, b in pairs)
+    return math.isclose(float(one), float(other), rel_tol=1e-9)
