@@ -585,3 +585,12 @@ def test_a_next_stage_takes_other_data_on_purpose(copy, tmp_path, capsys):
     resume_dense.main([*map(str, words), "--checkpoint.allow_changed=training.dataset_path"])
     printed = capsys.readouterr().out
     assert f"  Not as in the checkpoint: training.dataset_path ({tmp_path}/text) is not as it was: " in printed
+
+
+def test_the_next_stage_continues_what_the_checkpoint_was_trained_with(copy, capsys):
+    """The run's file says what the run was started with last, and may not have reached a checkpoint."""
+    config = config_of(copy)
+    config["lighthouse"]["top_k"] = 256
+    (copy / "config.json").write_text(json.dumps(config))
+    resume_dense.main([str(copy), "--dry-run"])
+    assert "top_k = 128" in capsys.readouterr().out
