@@ -1,12 +1,9 @@
 """Starts real training runs for tests: the debug config made smaller, float32."""
 
-import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -21,6 +18,7 @@ from helpers import ranks
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = REPOSITORY / "train_configs/debug.toml"
+TRAINER = ("-m", ranks.TRAINER)
 
 #: 1,024 tokens per sequence, one process's worth of work in well under a second per step.
 SMALL = {
@@ -38,9 +36,9 @@ def flags(settings: dict[str, str]) -> list[str]:
     return [f"--{name}" if value is None else f"--{name}={value}" for name, value in settings.items()]
 
 
-def command(dump_folder: Path, nproc: int, **settings: str) -> list[str]:
+def command(dump_folder: Path, nproc: int, *, program: tuple[str, ...] = TRAINER, **settings: str) -> list[str]:
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}")
-    return [*torchrun, "-m", ranks.TRAINER, *arguments(dump_folder, **settings)]
+    return [*torchrun, *program, *arguments(dump_folder, **settings)]
 
 
 def arguments(dump_folder: Path, **settings: str) -> list[str]:
@@ -66,43 +64,6 @@ def train(dump_folder: Path, nproc: int = 1, *, check: bool = True, **settings: 
     if check and result.returncode:
         raise AssertionError(f"{dump_folder}, {settings}\n{result.stdout[-6000:]}\n{result.stderr[-6000:]}")
     return result
-
-
-def descendants(pid: int) -> list[int]:
-    """The processes that a process has started, and those have started, and so on."""
-    found = []
-    for task in Path(f"/proc/{pid}/task").glob("*"):
-        for child in map(int, (task / "children").read_text().split()):
-            found += [child, *descendants(child)]
-    return found
-
-
-def train_and_kill(dump_folder: Path, at_step: int, *, only_torchrun: bool = False, **settings: str) -> list[int]:
-    """Start a run and kill it, without warning, once it has logged ``at_step``: torchrun, and, unless it alone shall
-    be killed, all that it has started. Torchrun's processes are no members of its group.
-
-    Returns:
-        The processes that torchrun had started.
-    """
-    process = subprocess.Popen(
-        command(dump_folder, 1, **settings),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=environment(),
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 120
-    try:
-        while not any(record["step"] >= at_step for record in metrics(dump_folder)):
-            assert process.poll() is None and time.monotonic() < deadline, "the run ended before it was killed"
-            time.sleep(0.02)
-    finally:
-        started = descendants(process.pid)
-        for pid in [process.pid] if only_torchrun else [process.pid, *started]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.wait()
-    return started
 
 
 def metrics(dump_folder: Path) -> list[dict]:

@@ -11,6 +11,7 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -29,13 +30,19 @@ def hold(folder: Path, patience: float = PATIENCE_SECONDS) -> None:
     """Hold ``folder`` until this process ends; created if it does not exist.
 
     Raises:
-        Refused: if another process holds it after ``patience`` seconds, naming its host, its number and since when.
+        Refused: if another process holds it after ``patience`` seconds, naming its host, its number and since when; or
+            if nothing can be written there.
     """
     folder = folder.resolve()
     if folder in _held:
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    file = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise Refused(
+            f"{folder}: no run can be started there: {error.strerror}. Put it right, or choose another job.dump_folder"
+        ) from error
     deadline = time.monotonic() + patience
     while not _taken(file):
         if time.monotonic() > deadline:
@@ -47,8 +54,9 @@ def hold(folder: Path, patience: float = PATIENCE_SECONDS) -> None:
         "pid": os.getpid(),
         "since": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    os.ftruncate(file, 0)
-    os.pwrite(file, json.dumps(holder).encode(), 0)
+    with suppress(OSError):  # a full disk: the lock holds all the same
+        os.ftruncate(file, 0)
+        os.pwrite(file, json.dumps(holder).encode(), 0)
     _held[folder] = file
 
 

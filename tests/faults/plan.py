@@ -1,0 +1,97 @@
+"""Which faults are injected: a list that a seed puts in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+from faults import kinds
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Those that one start serves."""
+
+    kind: str
+    run: str
+    inject: Callable[..., Any]
+    arguments: dict[str, Any] = field(default_factory=dict)
+    ids: tuple[str, ...] = ()
+    mounts: bool = False
+
+    def __str__(self) -> str:
+        return f"[{self.run}] {self.inject.__name__}({', '.join(f'{k}={v!r}' for k, v in self.arguments.items())})"
+
+
+def planned(seed: int) -> list[Fault]:
+    """All of them; those of one run one after the other."""
+    found: list[Fault] = []
+    counts: dict[str, int] = {}
+
+    def add(kind: str, run: str, inject: Callable[..., Any], times: int = 1, **arguments: Any) -> None:
+        for _ in range(times):
+            number = len(arguments["hows"]) if "hows" in arguments else 1
+            first = counts.get(kind, 0)
+            counts[kind] = first + number
+            ids = tuple(f"{kind}-{first + n:02}" for n in range(number))
+            found.append(Fault(kind, run, inject, arguments, ids, kind in ("full disk", "read-only")))
+
+    background, worker = "two, saving in the background", "one, with a data worker"
+    add("kill at a moment", "one", kinds.kill, 3, who="all")
+    add("kill at a moment", "one", kinds.kill, 2, who="torchrun")
+    add("kill at a moment", "two", kinds.kill, 4, who="all")
+    add("kill at a moment", "two", kinds.kill, 6, who="one rank")
+    add("kill at a moment", "two", kinds.kill, 3, who="torchrun")
+    add("kill while starting", "one", kinds.kill_starting)
+    add("kill while starting", "two", kinds.kill_starting)
+    add("kill in a save", "one", kinds.kill, 4, who="all", saving=True)
+    add("kill in a save", "two", kinds.kill, 3, who="all", saving=True)
+    add("kill in a save", "two", kinds.kill, 4, who="one rank", saving=True)
+    add("kill in a save", "two", kinds.kill, 2, who="torchrun", saving=True)
+    add("kill in a save", background, kinds.kill, 2, who="all", saving=True)
+    add("kill in a save", background, kinds.kill, 2, who="one rank", saving=True)
+    add("kill of a data worker", worker, kinds.kill_worker, 2)
+    add("SIGSTOP", "two", kinds.hold, 3, then="SIGCONT")
+    add("SIGSTOP", "two", kinds.hold, 2, then="SIGKILL")
+    add("SIGSTOP", "two", kinds.hold, 2, then="timeout")
+    for run in ("one", "two"):
+        for by in ("SIGTERM torchrun", "SIGTERM rank", "SIGUSR1 rank", "SIGINT torchrun", "SIGINT rank", "file"):
+            add("asked to stop", run, kinds.stop, by=by)
+        add("asked to stop", run, kinds.stop_at_once)
+    add("asked to stop", background, kinds.stop, by="SIGTERM rank")
+    for run, hows in (
+        ("one", ("truncated", "flip", "missing")),
+        ("one", ("zeroed", "flip", "empty")),
+        ("one", ("emptied", "truncated", "flip")),
+        ("two", ("flip", "zeroed", "missing", "truncated")),
+        ("two", ("missing", "flip", "truncated", "zeroed")),
+        ("two", ("emptied", "zeroed", "flip", "missing")),
+        ("two", ("flip", "truncated", "zeroed", "missing")),
+        ("two", ("truncated",)),
+        ("one", ("missing",)),
+    ):
+        add("damaged checkpoint", run, kinds.damage_checkpoints, hows=hows)
+    for how in ("metrics.jsonl cut in a line", "metrics.jsonl ends in zeros", "config.json empty", ".lock of noise"):
+        add("damaged file of the run", "one", kinds.damage_run_files, how=how)
+    for run in ("one", "two"):
+        add("full disk", f"{run}, a disk of its own", kinds.too_large, 2)
+        for when in ("before the save", "during the save", "at a moment", "at the start"):
+            add("full disk", f"{run}, a disk of its own", kinds.full_disk, when=when)
+        for when in ("while it trains", "at the start", "by a file in place of the folder"):
+            add("read-only", f"{run}, a disk of its own", kinds.protected, when=when)
+    for how in ("a second start", "by another name", "the first is held", "both start at once"):
+        add("two runs at once", "one", kinds.second_run, how=how)
+    add("two runs at once", "two", kinds.second_run, how="both start at once")
+    for what in ("the dump folder", "the dump folder, with a link", "the data"):
+        add("moved", "one", kinds.move, what=what)
+    add("moved", "two", kinds.move, what="the dump folder")
+    add("bad records", "one, bad records", kinds.kill, 3, who="all")
+    add("bad records", "one, bad records", kinds.stop, by="SIGTERM rank")
+    add("other ranks", "elastic", kinds.other_ranks, 6)
+    for run in ("one, faulty", "two, faulty"):
+        for number in ("weight", "saved weight", "moment", "gradient"):
+            add("not finite", run, kinds.not_finite, number=number)
+    Random(seed).shuffle(found)
+    return sorted(found, key=lambda fault: fault.run)
