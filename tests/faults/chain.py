@@ -25,7 +25,8 @@ STEPS, INTERVAL, KEEP = 80, 2, 10
 CHEAP = {
     "training.dataset": "c4_local", "training.global_batch_size": "2",
     "checkpoint.interval": str(INTERVAL),
-    "checkpoint.keep_latest_k": str(KEEP), "comm.train_timeout_seconds": "20",
+    "checkpoint.keep_latest_k": str(KEEP), "comm.init_timeout_seconds": "60",
+    "comm.train_timeout_seconds": "20",
 }  # fmt: skip
 
 #: What a checkpoint consists of, by the first part of its keys; the others are weights.

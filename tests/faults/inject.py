@@ -23,6 +23,7 @@ import json
 import platform
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -59,6 +60,12 @@ RUNS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "elastic": ("dense two", 2, DENSE),
     "one, bad records": ("bad one", 1, SKIPPING),
 }
+
+
+def commit() -> str:
+    """Of the code that is at fault, if any is."""
+    words = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
 
 
 class Injector:
@@ -140,7 +147,7 @@ class Injector:
     def record(self, name: str, kind: str, run: str, outcome: Outcome, seconds: float) -> None:
         line = {"id": name, "kind": kind, "run": run, **vars(outcome)}
         line |= {"survived": outcome.survived, "bit_equal": outcome.bit_equal}
-        line |= {"manual_steps": outcome.manual_steps, "seconds": round(seconds, 1)}
+        line |= {"manual_steps": outcome.manual_steps, "seconds": round(seconds, 1), "commit": commit()}
         with self.results.open("a") as file:
             file.write(json.dumps(line) + "\n")
         verdict = "EQUAL" if outcome.bit_equal else f"NOT EQUAL ({', '.join(outcome.unequal) or 'not compared'})"

@@ -218,6 +218,11 @@ def zero(file: Path) -> None:
     file.write_bytes(bytes(size))
 
 
+def damage_file(file: Path, how: str) -> None:
+    ways = {"truncated": truncate, "missing": Path.unlink, "zeroed": zero, "empty": lambda file: os.truncate(file, 0)}
+    ways[how](file)
+
+
 def damage(folder: Path, how: str, draw: Random) -> str:
     """Damage a checkpoint; in words."""
     files = sorted(file for file in folder.iterdir() if file.stat().st_size)
@@ -230,9 +235,7 @@ def damage(folder: Path, how: str, draw: Random) -> str:
         for file in files:
             file.unlink()
         return "all files missing"
-    {"truncated": truncate, "missing": Path.unlink, "zeroed": zero, "empty": lambda file: os.truncate(file, 0)}[how](
-        file
-    )
+    damage_file(file, how)
     return f"{file.name} {how}"
 
 
@@ -409,6 +412,30 @@ def move(chain: Chain, draw: Random, *, what: str) -> Outcome:
             return outcome
         outcome = chain.go_on(f"{what} moved")
     outcome.command = "names the new folder"
+    return outcome
+
+
+def change_data(chain: Chain, draw: Random, *, how: str) -> Outcome:
+    """A file of the training data is changed between two starts: refused. It is put back."""
+    chain.training()
+    chain.wait_for_checkpoints(1)
+    chain.kill()
+    whole, kept = chain.data, chain.base / "kept"
+    chain.data = shutil.copytree(whole, chain.base / "changed", dirs_exist_ok=True)
+    file = draw.choice(sorted(chain.data.iterdir()))
+    kept.write_bytes(file.read_bytes())
+    if how == "edited":
+        flip(file, draw.randrange(file.stat().st_size), 0)
+        says = "holds another text than before"
+    else:
+        damage_file(file, how)
+        says = {"missing": "is not there any more", "truncated": r"had [\d,]+ bytes, and has [\d,]+"}[how]
+    run = chain.start()
+    run.wait(90)
+    kept.replace(file)
+    problems = one_line(run, rf"train: .*training\.dataset_path.*{re.escape(file.name)} {says}")
+    outcome = chain.go_on(f"{file.name} of the data {how}", problems=problems)
+    outcome.command = "names a copy of the data"
     return outcome
 
 

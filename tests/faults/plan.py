@@ -87,6 +87,8 @@ def planned(seed: int) -> list[Fault]:
     for what in ("the dump folder", "the dump folder, with a link", "the data"):
         add("moved", "one", kinds.move, what=what)
     add("moved", "two", kinds.move, what="the dump folder")
+    for how in ("edited", "missing", "truncated"):
+        add("changed data", "one", kinds.change_data, how=how)
     add("bad records", "one, bad records", kinds.kill, 3, who="all")
     add("bad records", "one, bad records", kinds.stop, by="SIGTERM rank")
     add("other ranks", "elastic", kinds.other_ranks, 6)
@@ -94,4 +96,4 @@ def planned(seed: int) -> list[Fault]:
         for number in ("weight", "saved weight", "moment", "gradient"):
             add("not finite", run, kinds.not_finite, number=number)
     Random(seed).shuffle(found)
-    return sorted(found, key=lambda fault: fault.run)
+    return sorted(found, key=lambda fault: (len(fault.run.partition(",")[2]), fault.run))

@@ -9,7 +9,7 @@ from typing import Any
 
 COLUMNS = [
     *("id", "run", "what", "last_logged", "resumed_from", "compared_at"),
-    *("survived", "manual_steps", "command", "bit_equal", "seconds"),
+    *("survived", "manual_steps", "command", "bit_equal", "seconds", "commit"),
 ]
 
 

@@ -147,7 +147,10 @@ class LighthouseTrainer(seam.HookedTrainer):
     def check_loaded(self) -> None:
         for part in cast(list[LighthouseTransformer], self.model_parts):
             part.trainer_runs_dense_steps = True
-        self._requests, self._saved_at = Requests(), time.monotonic()
+        # Ranks may come to the end of the first step as far apart as they may start.
+        comm = self.job_config.comm
+        patience = max(comm.init_timeout_seconds, comm.train_timeout_seconds)
+        self._requests, self._saved_at = Requests(patience), time.monotonic()
         if isinstance(self.dataloader, StreamLoader):
             # Upstream's count is that of one rank, and there may be another number of ranks now.
             if self.dataloader.resumed:

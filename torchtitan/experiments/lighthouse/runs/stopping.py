@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 
@@ -30,13 +31,18 @@ class Requests:
     waits, not for the device and not for a rank that is late by less than a step.
     """
 
-    def __init__(self) -> None:
-        """To be made on all ranks at the same point, when there is a process group."""
+    def __init__(self, patience: float) -> None:
+        """To be made on all ranks at the same point, when there is a process group.
+
+        Args:
+            patience: seconds after which a rank that does not answer fails the others. Where it is longer than that of
+                the run's other collectives, a process that ends because one of those has failed waits for this.
+        """
         self.signal: str | None = None
         self._process = os.getpid()
         # The fake backend, for dry runs, has other ranks in name only.
         alone = dist.get_world_size() == 1 or dist.get_backend() == "fake"
-        self._group = None if alone else dist.new_group(backend="gloo")
+        self._group = None if alone else dist.new_group(backend="gloo", timeout=timedelta(seconds=patience))
         self._told: tuple[torch.Tensor, dist.Work | None] | None = None
         self._file = Path(os.environ[STOP_FILE]) if STOP_FILE in os.environ and dist.get_rank() == 0 else None
         for number in SIGNALS:
