@@ -13,7 +13,7 @@ import torch
 from datasets import IterableDataset
 from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.config import JobConfig
-from torchtitan.experiments.lighthouse.data import streams, text_datasets
+from torchtitan.experiments.lighthouse.data import pieces, records, streams, text_datasets
 from torchtitan.experiments.lighthouse.data.stream_loader import Header, StreamLoader, nearest_divisors
 from torchtitan.experiments.lighthouse.data.text_datasets import DataError
 from torchtitan.experiments.lighthouse.data.tokenizer import BYTE_TOKENIZER_PATH, build_tokenizer
@@ -53,8 +53,9 @@ def corpus(tmp_path: Path, files: list[list[str]]) -> Path:
     return write(tmp_path / "corpus", files)
 
 
-def config_for(path: Path, seq_len: int, batch: int, sequences: int, workers: int = 0) -> JobConfig:
+def config_for(path: Path, seq_len: int, batch: int, sequences: int, workers: int = 0, bad: int = 0) -> JobConfig:
     config = JobConfig()
+    config.training.max_bad_records = bad
     config.model.hf_assets_path = BYTE_TOKENIZER_PATH
     config.training.dataset, config.training.dataset_path = "c4_local", str(path)
     config.training.seq_len, config.training.local_batch_size = seq_len, batch
@@ -67,9 +68,18 @@ class Ranks:
     """The loaders of all ranks, which give global batches."""
 
     def __init__(
-        self, path: Path, ranks: int, sequences: int, *, batch: int = 1, seq_len: int = N, workers: int = 0, state=None
+        self,
+        path: Path,
+        ranks: int,
+        sequences: int,
+        *,
+        batch: int = 1,
+        seq_len: int = N,
+        workers: int = 0,
+        bad: int = 0,
+        state=None,
     ) -> None:
-        config = config_for(path, seq_len, batch, sequences, workers)
+        config = config_for(path, seq_len, batch, sequences, workers, bad)
         tokenizer = build_tokenizer(config)
         self.loaders = [text_datasets.build_dataloader(ranks, rank, tokenizer, config) for rank in range(ranks)]
         assert all(isinstance(loader, StreamLoader) for loader in self.loaders)
@@ -239,8 +249,8 @@ def test_one_sequence_per_rank_reads_as_ever_in_the_first_epoch(corpus, files, t
 
 def test_files_are_read_once_a_rank_and_not_once_a_stream(corpus, monkeypatch) -> None:
     opened: list[str] = []
-    open_file = text_datasets._open
-    monkeypatch.setattr(text_datasets, "_open", lambda file: opened.append(Path(file).name) or open_file(file))
+    open_file = records._open
+    monkeypatch.setattr(records, "_open", lambda file: opened.append(Path(file).name) or open_file(file))
     names = [f"train-{number}.jsonl" for number in range(4)]
     one = Ranks(corpus, 1, 12)
     one.steps(8)
@@ -297,7 +307,7 @@ def test_fewer_documents_than_streams_are_enough(tmp_path) -> None:
 
 
 def test_no_document_at_all_is_an_error_not_a_hang(tmp_path) -> None:
-    with pytest.raises(DataError, match="'c4_local' has no document"):
+    with pytest.raises(DataError, match="'c4_local' has no document with text"):
         Ranks(write(tmp_path / "none", [[], []]), 1, 4).step()
 
 
@@ -307,6 +317,103 @@ def test_an_end_is_reached_where_one_is_asked_for(corpus, files) -> None:
     texts = [text for texts in files for text in texts]
     tokens = [sum(len(text) + 2 for text in texts[stream::2]) // (N + 1) for stream in range(2)]
     assert len(batches) == 2 * min(tokens) + (tokens[1] < tokens[0])
+
+
+# Bad records
+
+
+@pytest.fixture
+def bad_corpus(corpus: Path) -> Path:
+    """The same documents, with bad records before, among and after them: 1, 1, 2 and 0 in the four files."""
+    for number, after in ((0, [0]), (1, [1]), (2, [4, 12])):
+        file = corpus / f"train-{number}.jsonl"
+        lines = file.read_text().splitlines(keepends=True)
+        for place in reversed(after):
+            lines.insert(place, '{"text": "cut sho\n')
+        file.write_text("".join(lines))
+    return corpus
+
+
+@pytest.mark.parametrize(("ranks", "batch", "workers"), [(1, 1, 0), (2, 1, 1), (4, 1, 0), (1, 2, 2)])
+def test_skipped_records_change_nothing_else(bad_corpus, files, ranks, batch, workers) -> None:
+    """Into the third epoch; the position is the same on any number of ranks, and goes on at any."""
+    dealt, one = Dealt(files, 4), Ranks(bad_corpus, 1, 4, bad=4)
+    some = Ranks(bad_corpus, ranks, 4, batch=batch, workers=workers, bad=4)
+    seen = set()
+    for _ in range(40):
+        assert some.step() == one.step() == dealt.step(4)
+        assert without_ranks(some.state) == without_ranks(one.state)
+        seen.add(max(loader.bad_records for loader in some.loaders))
+    epoch, *_ = json.loads(some.state["stream_0"])
+    assert epoch >= 2 and seen >= {1, 2, 3, 4}
+    resumed = Ranks(bad_corpus, 4 // ranks, 4, bad=4, state=some.state)
+    assert resumed.steps(20) == [dealt.step(4) for _ in range(20)]
+
+
+@pytest.mark.parametrize("most", [0, 1, 2, 3])
+def test_one_bad_record_too_many_is_named(bad_corpus, most) -> None:
+    """The same one, however often the run has stopped before it, with the files in another order each time."""
+    file, number = [(0, 1), (1, 2), (2, 5), (2, 14)][most]
+    for every in (1, 3, 1000):
+        state = None
+        with pytest.raises(DataError, match=rf"train-{file}\.jsonl: record {number} is no JSON") as caught:
+            for _ in range(40):
+                ranks = Ranks(bad_corpus, 2, 4, bad=most, state=state)
+                ranks.steps(every)
+                state = ranks.state
+        assert "training.max_bad_records" in str(caught.value)
+
+
+def test_a_bad_record_that_was_mended_is_a_change(bad_corpus) -> None:
+    """Where some streams are before it and some behind it: which document is whose is not what it was."""
+    ranks, bad = Ranks(bad_corpus, 1, 4, bad=4), [0, 2, 4]
+    while True:
+        ranks.step()
+        places = [json.loads(ranks.state[f"stream_{number}"]) for number in range(4)]
+        if min(places) < bad < max(places):
+            break
+    file = bad_corpus / "train-2.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    assert "cut sho" in lines[4]
+    file.write_text("".join([*lines[:4], json.dumps({"text": "mended"}) + "\n", *lines[5:]]))
+    with pytest.raises(DataError, match="files have changed"):
+        Ranks(bad_corpus, 1, 4, bad=4, state=ranks.state).step()
+
+
+# Documents of any length
+
+
+@pytest.mark.parametrize("piece", [3, 16])
+def test_long_documents_come_in_pieces_and_change_nothing(corpus, files, monkeypatch, piece) -> None:
+    monkeypatch.setattr(pieces, "PIECE", piece)
+    dealt, ranks = Dealt(files, 4), Ranks(corpus, 2, 4)
+    expected = [dealt.step(4) for _ in range(33)]
+    for step in range(30):
+        if step % 3 == 0:
+            assert Ranks(corpus, 1, 4, state=ranks.state).steps(3) == expected[step : step + 3]
+        assert ranks.step() == expected[step]
+
+
+def test_of_a_long_document_only_what_is_needed_is_cut_into_tokens(tmp_path, monkeypatch) -> None:
+    corpus = write(tmp_path / "long", [["x" * 100_000]])
+    monkeypatch.setattr(pieces, "PIECE", 1000)
+    given: list[int] = []
+    whole = pieces.PieceEncoder.__call__
+    monkeypatch.setattr(
+        pieces.PieceEncoder, "__call__", lambda self, text: (given.append(len(p)) or p for p in whole(self, text))
+    )
+    Ranks(corpus, 1, 1).steps(20)
+    assert sum(given) <= 1001
+
+
+@pytest.mark.parametrize("blank", [[""], ["", " ", "\n\t"]])
+def test_documents_without_text_count_where_others_have_some(tmp_path, blank) -> None:
+    """As ever: a begin and an end. Alone, they are an error when all are read."""
+    files = [["abc", *blank], [*blank, "defgh"]]
+    ranks, dealt = Ranks(write(tmp_path / "some", files), 2, 4), Dealt(files, 4)
+    assert ranks.steps(5) == [dealt.step(4) for _ in range(5)]
+    with pytest.raises(DataError, match="'c4_local' has no document with text"):
+        Ranks(write(tmp_path / "none", [blank * 20, blank]), 1, 4).steps(100)
 
 
 # The position in a checkpoint

@@ -1,31 +1,29 @@
 """Our datasets, and the loader of validation and of older runs, which gives each rank documents of its own: packing,
-resume, sharding, errors and retries."""
+resume, sharding, errors."""
 
 import gzip
 import json
 import pickle
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import nullcontext
 from itertools import islice, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
-import fsspec
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
 from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.config import JobConfig
-from torchtitan.experiments.lighthouse.data import text_datasets
-from torchtitan.experiments.lighthouse.data.text_datasets import DataError, StreamingError, read_documents
+from torchtitan.experiments.lighthouse.data import pieces, text_datasets
+from torchtitan.experiments.lighthouse.data.text_datasets import check_data
 from torchtitan.experiments.lighthouse.data.tokenizer import BYTE_TOKENIZER_PATH, build_tokenizer
+from torchtitan.experiments.lighthouse.errors import DataError, Refused
 from torchtitan.hf_datasets import text_datasets as upstream
 
 BOS, EOS = 256, 257
 SEQ_LEN, BATCH = 8, 2
-REMOTE = "hf://datasets/someone/c4/en/c4-train.00000-of-01024.json.gz"
 
 Batch = tuple[list[list[int]], list[list[int]]]
 
@@ -64,12 +62,14 @@ def loader(
     infinite=True,
     seq_len: int = SEQ_LEN,
     batch: int = BATCH,
+    bad: int = 0,
 ) -> ParallelAwareDataloader:
     config = JobConfig()
     config.model.hf_assets_path = BYTE_TOKENIZER_PATH
     config.training.dataset, config.training.dataset_path = dataset, str(path)
     config.training.seq_len, config.training.local_batch_size = seq_len, batch
     config.training.dataloader.num_workers = workers
+    config.training.max_bad_records = bad
     return text_datasets.build_rank_dataloader(config.training, ranks, rank, build_tokenizer(config), infinite)
 
 
@@ -182,72 +182,67 @@ def test_folder_problems_show_when_the_loader_is_built(
         upstream.DATASETS[dataset].loader("" if prepare is None else str(tmp_path / prepare))
 
 
-# What is in them
-
-
-def test_other_columns_may_vary(tmp_path: Path) -> None:
-    file = tmp_path / "a.jsonl"
-    extras = [None, "string", 3, {"nested": []}, ["list"]]
-    # Longer than the 10 MB by which Hugging Face's JSON reader fixes the columns' types.
-    records = [{"text": f"{index}" + " " * 3_000_000, "extra": extra} for index, extra in enumerate(extras)]
-    file.write_text("\n\n".join(json.dumps(record) for record in records))
-    assert [sample["text"].strip() for sample in read_documents([str(file)])] == list("01234")
-
-
-GOOD = b'{"text": "good"}\n'
-
-#: Without the time of day, which would give every test process other test names.
-PACKED = gzip.compress(GOOD * 3, mtime=0)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message", "good"),
-    [
-        (
-            "missing.jsonl",
-            GOOD + b'{"url": "x"}\n' + GOOD,
-            r"record 2 is not an object with a string 'text'",
-            1,
-        ),
-        ("null.jsonl", GOOD + b'{"text": null}\n', r"record 2 is not", 1),
-        ("number.jsonl", GOOD + GOOD + b'{"text": 3}\n', r"record 3 is not", 2),
-        ("list.json", b'[{"text": "a"}, {"text": "b"}]', r"record 1 is not", 0),
-        ("broken.jsonl", GOOD + b'{"text": "no end\n', r"after record 1 \(JSONDecodeError", 1),
-        ("pretty.json", b'{\n  "text": "a"\n}\n', r"at its start \(JSONDecodeError", 0),
-        ("latin1.jsonl", GOOD + b'{"text": "caf\xe9"}\n', r"after record 1 \(UnicodeDecodeError", 1),
-        ("truncated.json.gz", PACKED[:-9], r"truncated\.json\.gz: .* \(EOFError", 3),
-        ("corrupt.json.gz", PACKED[:14] + b"\xff" * 20, r"\((error|BadGzipFile|EOFError)", 0),
-        (
-            "pointer.json.gz",
-            b"version https://git-lfs.github.com/spec/v1\n",
-            r"at its start \(BadGzipFile",
-            0,
-        ),
-        ("not.parquet", b"PAR1 but no more", r"at its start \(Arrow", 0),
-    ],
-)
-def test_a_bad_file_is_named_with_its_record(
-    tmp_path: Path, name: str, content: bytes, message: str, good: int
-) -> None:
-    (tmp_path / name).write_bytes(content)
-    read = []
-    with pytest.raises(DataError, match=message) as caught:
-        for sample in upstream.DATASETS["c4_local"].loader(str(tmp_path)):
-            read.append(sample)
-    assert str(tmp_path / name) in str(caught.value)
-    assert len(read) == good
-
-
-def test_parquet_without_text_is_an_error(tmp_path: Path) -> None:
-    pyarrow.parquet.write_table(pyarrow.table({"content": ["a", "b"]}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"a\.parquet: record 1 is not an object with a string 'text'"):
-        documents("c4_local", tmp_path)
-
-
 def test_lone_surrogates_reach_the_batches_as_question_marks(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(r'{"text": "abc\ud800def"}')
     (inputs, labels), *_ = take(loader(tmp_path), 1)
     assert inputs[0] == [BOS, *b"abc?def"] and labels[0][-1] == EOS
+
+
+# Before a run starts
+
+
+def config_of(path: Path | str, dataset: str = "c4_local", bad: int = 0, validation: str = "") -> JobConfig:
+    config = JobConfig()
+    config.training.dataset, config.training.dataset_path = dataset, str(path)
+    config.training.max_bad_records = bad
+    config.validation.enable = bool(validation)
+    config.validation.dataset, config.validation.dataset_path = validation, str(path)
+    return config
+
+
+def test_good_data_is_found_good(corpus: Path) -> None:
+    check_data(config_of(corpus))
+    check_data(config_of("", "stdlib", validation="stdlib_validation"))
+    write_jsonl(corpus / "train-9.jsonl", ["", " ", "text"])
+    (corpus / "train-a.jsonl").write_text("")
+    write_jsonl(corpus / "validation.jsonl", ["", "\n", "text"])
+    check_data(config_of(corpus, validation="c4_local_validation"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"path": "absent"}, r"'absent' is not a folder"),
+        ({"dataset": "c5"}, r"training\.dataset='c5': must be one of c4, c4_local, "),
+        ({"validation": "c5"}, r"validation\.dataset='c5': must be one of c4, "),
+        ({"validation": "c4_local_validation"}, r"none of them is for validation"),
+    ],
+)
+def test_data_that_is_not_there_is_refused(corpus: Path, settings: dict[str, str], message: str) -> None:
+    with pytest.raises(Refused, match=message):
+        check_data(config_of(**{"path": str(corpus)} | settings))
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json.gz", "parquet"])
+def test_a_file_whose_first_record_cannot_be_read_is_named(corpus: Path, suffix: str) -> None:
+    """Not only the first file. (Later records are found bad when they are read.)"""
+    file = corpus / f"train-3-pointer.{suffix}"
+    file.write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(DataError, match=rf"pointer\.{suffix}: record 1 .* set training\.max_bad_records"):
+        check_data(config_of(corpus))
+    check_data(config_of(corpus, bad=1))
+    (corpus / f"train-4.{suffix}").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(DataError, match=rf"train-4\.{suffix}: record 1 .* one more than training\.max_bad_records=1 "):
+        check_data(config_of(corpus, bad=1))
+
+
+def test_data_without_any_text_is_refused(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", ["", " \n"])
+    (tmp_path / "b.jsonl").write_text("")
+    with pytest.raises(
+        DataError, match=r"training\.dataset='c4_local': no text in any record of its 2 file\(s\), .*a\.js"
+    ):
+        check_data(config_of(tmp_path))
 
 
 # Packing, sharding, resume
@@ -296,6 +291,59 @@ def test_resume_is_exact_everywhere_in_three_epochs(corpus: Path, rank: int, ran
     assert epoch > 5
     build = lambda: loader(corpus, rank=rank, ranks=ranks)  # noqa: E731
     check_resume(build, range(0, 3 * epoch + 2, 1 if ranks > 1 else 3))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_long_documents_come_in_pieces_and_change_nothing(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    whole = take(loader(corpus, workers=workers), 40)
+    monkeypatch.setattr(pieces, "PIECE", 11)
+    assert take(loader(corpus, workers=workers), 40) == whole
+    check_resume(lambda: loader(corpus, workers=workers), range(0, 40, 1 if workers == 0 else 13))
+    state = None
+    for batch in whole[: 40 if workers == 0 else 3]:
+        reader = loader(corpus, workers=workers)
+        if state is not None:
+            reader.load_state_dict(state)
+        assert take(reader, 1) == [batch]
+        state = reader.state_dict()
+
+
+def test_a_position_in_a_long_document_is_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "PIECE", 1000)
+    write_jsonl(tmp_path / "a.jsonl", ["short", "long " * 20_000, "short"])
+    dataset = loader(tmp_path).dataset
+    for _ in islice(dataset, 300):
+        assert len(pickle.dumps(dataset.state_dict())) < 8_000
+    dataset = loader(tmp_path).dataset
+    state = {**dataset.state_dict(), "token_buffer": [*range(200)] * 500}  # as versions without pieces saved it
+    dataset.load_state_dict(state)
+    assert next(iter(dataset))[0]["input"].tolist() == [*range(SEQ_LEN)]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_skipped_records_change_nothing_else(corpus: Path, workers: int) -> None:
+    """For one rank; the count goes on where the position does."""
+    expected = take(loader(corpus, workers=workers), 60)
+    for number in (1, 2):
+        file = corpus / f"train-{number}.json.gz"
+        lines = gzip.decompress(file.read_bytes()).splitlines(keepends=True)
+        file.write_bytes(gzip.compress(b"".join([*lines[:2], b"[]\n", *lines[2:]])))
+    assert take(loader(corpus, workers=workers, bad=2), 60) == expected
+    if not workers:
+        check_resume(lambda: loader(corpus, bad=2), range(0, 40, 3))
+        for every in (1, 1000):
+            state = None
+            with pytest.raises(
+                DataError, match=r"train-2\.json\.gz: record 3 is no object .*training\.max_bad_records=1"
+            ):
+                for _ in range(60):
+                    reader = loader(corpus, bad=1)
+                    if state is not None:
+                        reader.load_state_dict(state)
+                    take(reader, every)
+                    state = reader.state_dict()
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -355,9 +403,9 @@ def test_a_state_stays_as_it_was_taken(corpus: Path) -> None:
 
 def test_epochs_hold_the_same_documents(corpus: Path) -> None:
     data = loader(corpus).dataset
-    epochs = [[sample["text"] for sample in data._get_data_iter()]]
+    epochs = [list(data._get_data_iter())]
     data._data.set_epoch(1)
-    epochs.append([sample["text"] for sample in data._get_data_iter()])
+    epochs.append(list(data._get_data_iter()))
     assert sorted(epochs[0]) == sorted(epochs[1])
 
 
@@ -394,131 +442,3 @@ def test_real_text_is_packed_and_resumed(shared_dir: Path, folder: str) -> None:
     first_train = next(iter(upstream.DATASETS["c4_local"].loader(str(root))))["text"]
     assert first_train not in validation
     check_resume(lambda: loader(root), [20], then=10)
-
-
-# The network
-
-
-class Http(Exception):
-    """An HTTP library's error: no OSError, and a status with its response."""
-
-    def __init__(self, status: int | None = None) -> None:
-        super().__init__(f"status {status}")
-        self.response = type("Response", (), {"status_code": status})() if status else None
-
-
-Http.__module__ = "httpx2._exceptions"
-
-
-@pytest.fixture
-def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    delays: list[float] = []
-    monkeypatch.setattr(text_datasets.time, "sleep", delays.append)
-    return delays
-
-
-class Breaking:
-    """A remote file that fails once, in the middle, at each of its first openings."""
-
-    def __init__(self, content: bytes, errors: Iterable[Exception], at: int) -> None:
-        self.content, self.errors, self.at = content, list(errors), at
-
-    def open(self, file: str):
-        lines = self.content.splitlines(keepends=True)
-        error = self.errors.pop(0) if self.errors else None
-
-        def read():
-            yield from lines if error is None else lines[: self.at]
-            if error is not None:
-                raise error
-
-        return nullcontext(read())
-
-
-@pytest.mark.parametrize("at", [0, 3])
-@pytest.mark.parametrize(
-    "error",
-    [
-        ConnectionResetError("reset"),
-        TimeoutError("slow"),
-        OSError("short read"),
-        Http(),
-        Http(503),
-        Http(429),
-    ],
-)
-def test_a_network_failure_loses_and_doubles_no_record(
-    monkeypatch: pytest.MonkeyPatch,
-    slept: list[float],
-    caplog: pytest.LogCaptureFixture,
-    error: Exception,
-    at: int,
-) -> None:
-    texts = numbered(0, count=6)
-    content = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
-    url = REMOTE.removesuffix(".gz")
-    monkeypatch.setattr(text_datasets, "_open", Breaking(content, [error, error], at).open)
-    monkeypatch.setattr(text_datasets.logger, "propagate", True)
-    with caplog.at_level("WARNING"):
-        assert [sample["text"] for sample in read_documents([url])] == texts
-    assert slept == [1, 2]
-    assert len(caplog.messages) == 2
-    assert all(url in message and type(error).__name__ in message for message in caplog.messages)
-
-
-def test_a_network_that_stays_away_is_given_up(monkeypatch: pytest.MonkeyPatch, slept: list[float]) -> None:
-    def refuse(file: str):
-        raise ConnectionError("refused")
-
-    monkeypatch.setattr(text_datasets, "_open", refuse)
-    with pytest.raises(StreamingError, match=r"network failure.*6 tries.*refused.*c4_local") as caught:
-        list(read_documents([REMOTE]))
-    assert REMOTE in str(caught.value)
-    assert isinstance(caught.value.__cause__, ConnectionError)
-    assert slept == [1, 2, 4, 8, 16]
-
-
-def test_progress_resets_the_count_of_tries(monkeypatch: pytest.MonkeyPatch, slept: list[float]) -> None:
-    opened = 0
-
-    def one_more_each_time(file: str):
-        nonlocal opened
-        opened += 1
-        return Breaking(GOOD * 20, [ConnectionError("again")] if opened < 20 else [], at=opened).open(file)
-
-    monkeypatch.setattr(text_datasets, "_open", one_more_each_time)
-    assert len(list(read_documents([REMOTE.removesuffix(".gz")]))) == 20
-    assert slept == [1] * 19
-
-
-@pytest.mark.parametrize("error", [Http(404), Http(401), FileNotFoundError("gone"), PermissionError("gated")])
-def test_what_the_hub_refuses_is_not_tried_again(
-    monkeypatch: pytest.MonkeyPatch, slept: list[float], error: Exception
-) -> None:
-    monkeypatch.setattr(text_datasets, "_open", Breaking(GOOD, [error], at=0).open)
-    with pytest.raises(DataError, match=type(error).__name__):
-        list(read_documents([REMOTE.removesuffix(".gz")]))
-    assert not slept
-
-
-def test_remote_files_are_opened_by_address() -> None:
-    with fsspec.open("memory://c4-train.json.gz", "wb") as file:
-        file.write(PACKED)
-    assert list(read_documents(["memory://c4-train.json.gz"])) == [{"text": "good"}] * 3
-
-
-@pytest.mark.parametrize("content", [PACKED[:-9], b"not gzip"])
-def test_a_damaged_remote_file_is_not_tried_again(slept: list[float], content: bytes) -> None:
-    with fsspec.open("memory://damaged.json.gz", "wb") as file:
-        file.write(content)
-    with pytest.raises(DataError, match=r"memory://damaged\.json\.gz: cannot be read"):
-        list(read_documents(["memory://damaged.json.gz"]))
-    assert not slept
-
-
-def test_local_files_are_not_tried_again(monkeypatch: pytest.MonkeyPatch, slept: list[float], tmp_path: Path) -> None:
-    file = str(tmp_path / "a.jsonl")
-    monkeypatch.setattr(text_datasets, "_open", Breaking(GOOD * 3, [OSError("disk")], at=2).open)
-    with pytest.raises(DataError, match=r"a\.jsonl: cannot be read after record 2 \(OSError: disk"):
-        list(read_documents([file]))
-    assert not slept

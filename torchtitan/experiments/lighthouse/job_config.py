@@ -185,11 +185,28 @@ class Checkpoint(upstream.Checkpoint):
 
 
 @dataclass
+class Training(upstream.Training):
+    max_bad_records: int = 0
+    """
+    How many records without a usable text may be skipped in one pass over the files. They are logged. One more ends the
+    run.
+    """
+
+
+@dataclass
+class Validation(upstream.Validation):
+    max_bad_records: int = 0
+    """As that of [training], in one pass of one data-parallel rank and data worker"""
+
+
+@dataclass
 class JobConfig:
     job: Job = field(default_factory=Job)
     experimental: Experimental = field(default_factory=Experimental)
     model: Model = field(default_factory=Model)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    training: Training = field(default_factory=Training)
+    validation: Validation = field(default_factory=Validation)
     lighthouse: Lighthouse = field(default_factory=Lighthouse)
 
 
@@ -197,4 +214,6 @@ class MergedConfig(upstream.JobConfig):
     """What torchtitan makes of its ``JobConfig`` and this one, for annotations: the real class is made at run time."""
 
     checkpoint: Checkpoint
+    training: Training
+    validation: Validation
     lighthouse: Lighthouse

@@ -36,6 +36,7 @@ _TRAIN_FIELDS = {
     "memory/max_reserved(GiB)": "memory_gib",
     "dense": "dense",
     "dense_steps": "dense_steps",
+    "bad_records": "bad_records",
 }
 _VALIDATION_FIELDS = {
     "validation_metrics/loss": "validation_loss",
@@ -55,7 +56,8 @@ class JsonlLogger(BaseLogger):
 
     Where ``lighthouse.dense_every`` is set, a line also says whether this step, whose loss it holds, was ``dense``, and
     how many ``dense_steps`` there were since the last line: tokens_per_second is that of all steps since then, and
-    mfu_percent counts the mean operations of a step.
+    mfu_percent counts the mean operations of a step. Where ``training.max_bad_records`` is set, it says how many
+    ``bad_records`` were skipped in this pass over the files.
     """
 
     def __init__(self, path: Path, stage: str) -> None:
@@ -156,6 +158,8 @@ class LighthouseMetricsProcessor(MetricsProcessor):
         self._progress = Progress(stage_of(job_config), job_config.training.steps)
         #: Since the last line; the trainer counts.
         self.dense_steps = 0
+        #: Skipped in this pass over the files; the trainer asks the data loader.
+        self.bad_records = 0
         if logs:
             loggers = LoggerContainer()
             loggers.add_logger(self.logger)
@@ -178,6 +182,8 @@ class LighthouseMetricsProcessor(MetricsProcessor):
         if section.enable and section.dense_every:
             dense = {"dense": section.is_dense_step(step), "dense_steps": self.dense_steps}
             extra_metrics = (extra_metrics or {}) | dense
+        if cast(MergedConfig, self.job_config).training.max_bad_records:
+            extra_metrics = (extra_metrics or {}) | {"bad_records": self.bad_records}
         with step_line(self._progress.after(step, time.monotonic())):
             super().log(step, global_avg_loss, global_max_loss, grad_norm, extra_metrics)
         self.dense_steps = 0

@@ -24,6 +24,7 @@ import torchtitan.experiments.lighthouse.train_spec  # noqa: F401  registers the
 from torch import Tensor
 from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.experiments.lighthouse.data.stream_loader import StreamLoader
+from torchtitan.experiments.lighthouse.data.text_datasets import check_data
 from torchtitan.experiments.lighthouse.data.tokenizer import build_tokenizer
 from torchtitan.experiments.lighthouse.errors import Refused, as_refusal
 from torchtitan.experiments.lighthouse.job_config import MergedConfig, check_degrees
@@ -58,6 +59,7 @@ class LighthouseTrainer(seam.HookedTrainer):
             check_degrees(self.job_config.parallelism, world_size)
             contract.check_context(self.job_config)
         check_tokenizer(self.job_config)
+        check_data(self.job_config)
         if os.environ.get("RANK") == "0":
             lock.hold(Path(self.job_config.job.dump_folder))
         origin, own = self.job_config.lighthouse.stage1_checkpoint, contract.to_resume(self.job_config)
@@ -116,6 +118,8 @@ class LighthouseTrainer(seam.HookedTrainer):
         """
         numbers = torch.stack([torch.stack(self.step_losses).sum(), seam.gradient_norm(self)])
         self.step_losses.clear()
+        if isinstance(self.dataloader, StreamLoader):
+            cast(LighthouseMetricsProcessor, self.metrics_processor).bad_records = self.dataloader.bad_records
         numbers = numbers.to("cpu", non_blocking=True)
         arrived = None if self.device.type == "cpu" else torch.Event(self.device)
         if arrived is not None:

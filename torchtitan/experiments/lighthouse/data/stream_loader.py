@@ -3,7 +3,8 @@
 A checkpoint holds, whoever saved it, these keys, each a string of JSON:
 
     dataloader.streams      ``Header``
-    dataloader.stream_0 …   where stream 0 goes on: ``[epoch, file, record, token]``, or ``null`` where it has not begun
+    dataloader.stream_0 …   where stream 0 goes on: ``[epoch, file, record, token]``, with the number of bad records
+                            that were skipped as a fifth where there is one, or ``null`` where it has not begun
 
 Each rank writes those of its own streams and reads those of its own. Nothing is exchanged between ranks.
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -80,7 +81,7 @@ class StreamLoader(BaseDataLoader):
     def __init__(
         self,
         documents: Documents,
-        encode: Callable[[str], list[int]],
+        encode: Callable[[str], Iterable[list[int]]],
         by_rank: Callable[[], ParallelAwareDataloader],
         *,
         seq_len: int,
@@ -160,6 +161,11 @@ class StreamLoader(BaseDataLoader):
         each, rest = divmod(self.tokens_seen, self._ranks)
         return each + (self._rank < rest)
 
+    @property
+    def bad_records(self) -> int:
+        """How many were skipped in this epoch so far, as this rank's streams have come."""
+        return max(self._places.values(), default=Place(0, 0, 0)).skipped
+
     def _own_streams(self) -> range:
         return range(self._rank, self._streams, self._ranks)
 
@@ -203,7 +209,7 @@ class StreamLoader(BaseDataLoader):
         if self._keys_to_load is not None:
             return dict.fromkeys(self._keys_to_load, "")
         header = Header(self._streams, self._next_stream, self.tokens_seen, self._tokens_per_step, self._ranks)
-        places = {stream_key(stream): json.dumps(self._places.get(stream)) for stream in self._own_streams()}
+        places = {stream_key(stream): _place_as_json(self._places.get(stream)) for stream in self._own_streams()}
         return {HEADER: header.as_json(), **places}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -238,6 +244,10 @@ class StreamLoader(BaseDataLoader):
         saved = {stream: json.loads(state_dict[stream_key(stream)]) for stream in self._own_streams()}
         self._places = {stream: Place(*place) for stream, place in saved.items() if place is not None}
         self.resumed = True
+
+
+def _place_as_json(place: Place | None) -> str:
+    return json.dumps(place if place is None or place.skipped else place[:-1])
 
 
 def _unchanged(batch: Any) -> Any:

@@ -4,7 +4,8 @@ A run deals its documents out to V streams. V is the number of sequences in a gl
 stays the same from then on, through every resume and every stage.
 
 - **Documents.** Document number i is dealt to stream i mod V. They are counted in the order of the files, and the count
-  goes on where the files begin anew. In each epoch after the first the files have another order.
+  goes on where the files begin anew. In each epoch after the first the files have another order. A bad record is no
+  document: all ranks pass over it, and the next document takes its number.
 - **Tokens.** A stream is its documents end to end, each with its begin and end of text.
 - **Sequences.** Sequence number n of the run is cut from stream n mod V: the next N + 1 tokens there, of which the last
   is only a label. A step takes the next B sequences, by number.
@@ -13,8 +14,9 @@ stays the same from then on, through every resume and every stage.
   on any number of ranks. Which rank has which, and in which order they are added up, is not.
 - **Context.** Another context changes N and B, never V: the streams go on with their very next tokens, in turn. With
   B < V a step takes from B of them, and the next step from the B after those.
-- **Position.** For each stream, the document that it is reading and how many of its tokens are used; and which stream
-  gives the next sequence. The count i is not needed: the document that a stream is reading is one of its own.
+- **Position.** For each stream, the document that it is reading, how many of its tokens are used, and how many bad
+  records of its epoch come before it; and which stream gives the next sequence. The count i is not needed: the document
+  that a stream is reading is one of its own.
 
 The ranks of one sequence (context and tensor parallelism) read the same streams. The data workers of a rank share its
 batches out among them, and change nothing: each batch carries the position after it.
@@ -34,8 +36,8 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple
@@ -44,6 +46,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
+from torchtitan.experiments.lighthouse.data.records import BadRecord, Skipping
 from torchtitan.experiments.lighthouse.errors import DataError
 from torchtitan.tools.logging import logger
 
@@ -54,18 +57,25 @@ MOST_TEXT_KEPT = 1 << 30
 class Place(NamedTuple):
     """Where a stream goes on: at a token of a document, the document by epoch, file and record, all counted from 0.
 
-    Files are counted in the epoch's order.
+    Files are counted in the epoch's order, and bad records too.
     """
 
     epoch: int
     file: int
     record: int
     token: int = 0
+    skipped: int = 0
+    """Bad records before it in its epoch"""
 
     @property
     def document(self) -> Place:
         """Its beginning."""
         return self._replace(token=0)
+
+
+def is_text(document: str) -> bool:
+    """Whether a document has more than white space."""
+    return bool(document) and not document.isspace()
 
 
 class Batch(NamedTuple):
@@ -84,10 +94,11 @@ class Documents:
     name: str
     """Of the dataset, for messages."""
     files: list[str]
-    read: Callable[[str], Iterator[str]]
+    read: Callable[[str], Iterator[str | BadRecord]]
     """From a file, the text of each record."""
     endless: bool = True
     """Whether the first file follows the last one."""
+    skipping: Skipping = field(default_factory=Skipping)
 
     def in_order(self, epoch: int) -> list[str]:
         """The files as an epoch reads them: as Hugging Face `datasets` orders them, and so as older versions did."""
@@ -100,24 +111,29 @@ class Documents:
         """Every document from ``start`` on, with its place.
 
         Raises:
-            DataError: if there is none in all files.
+            DataError: if an epoch has no text, or more bad records than may be skipped.
         """
-        first_file, first_record = start.file, start.record
+        first_file, first_record, skipped = start.file, start.record, start.skipped
         for epoch in itertools.count(start.epoch):
-            empty = True
+            no_text = (first_file, first_record) == (0, 0)
             files = self.in_order(epoch)
             for file in range(first_file, len(files)):
                 texts = itertools.islice(self.read(files[file]), first_record, None)
                 for record, text in enumerate(texts, start=first_record):
-                    empty = False
-                    yield Place(epoch, file, record), text
+                    if isinstance(text, BadRecord):
+                        skipped = self.skipping.skip_and_log(text, skipped)
+                        continue
+                    no_text = no_text and not is_text(text)
+                    yield Place(epoch, file, record, skipped=skipped), text
                 first_record = 0
             if not self.endless:
                 return
-            if empty:
-                raise DataError(f"dataset {self.name!r} has no document")
-            logger.warning(f"Dataset {self.name} is being re-looped")
-            first_file = 0
+            if no_text:
+                raise DataError(f"dataset {self.name!r} has no document with text")
+            logger.warning(
+                f"Dataset {self.name} is being re-looped{f'; bad records skipped: {skipped:,}' if skipped else ''}"
+            )
+            first_file = skipped = 0
 
     def changed(self, place: Place) -> DataError:
         files = self.in_order(place.epoch)
@@ -205,9 +221,10 @@ class _Readers:
 class _Stream:
     """The tokens of one stream, in pieces of any length."""
 
-    def __init__(self, start: Place | None, next_document: Callable[[], tuple[Place, Tensor] | None]) -> None:
+    def __init__(self, start: Place | None, next_document: Callable[[], tuple[Place, Iterator[Tensor]] | None]) -> None:
         self._start, self._next_document = start, next_document
         self._tokens = torch.empty(0, dtype=torch.int64)
+        self._pieces: Iterator[Tensor] = iter(())
         self._document, self._used = Place(0, 0, 0), 0
 
     @property
@@ -218,20 +235,23 @@ class _Stream:
         """The next ``length`` tokens, or None where there are not so many left."""
         parts: list[Tensor] = []
         while length:
-            if self._used == len(self._tokens) and not self._read_on():
+            if not len(self._tokens) and not self._read_on():
                 return None
-            parts.append(self._tokens[self._used : self._used + length])
+            parts.append(self._tokens[:length])
+            self._tokens = self._tokens[length:]
             self._used += len(parts[-1])
             length -= len(parts[-1])
         return torch.cat(parts)
 
     def _read_on(self) -> bool:
-        if (document := self._next_document()) is None:
-            return False
-        self._document, self._tokens = document
-        # The first document is the one that was being read when the position was saved.
-        self._used = self._start.token if self._start is not None else 0
-        self._start = None
+        while (tokens := next(self._pieces, None)) is None:
+            if (document := self._next_document()) is None:
+                return False
+            self._document, self._pieces = document
+            # The first document is the one that was being read when the position was saved.
+            self._used = self._start.token if self._start is not None else 0
+            self._start = None
+        self._tokens = tokens
         return True
 
 
@@ -241,7 +261,7 @@ class StreamDataset(IterableDataset[Batch]):
     def __init__(
         self,
         documents: Documents,
-        encode: Callable[[str], list[int]],
+        encode: Callable[[str], Iterable[list[int]]],
         *,
         seq_len: int,
         batch_size: int,
@@ -253,7 +273,7 @@ class StreamDataset(IterableDataset[Batch]):
     ) -> None:
         """
         Args:
-            encode: from a document's text to its tokens.
+            encode: from a document's text to its tokens, in pieces of any length.
             seq_len: N.
             batch_size: sequences that the rank takes at once.
             streams: V.
@@ -302,12 +322,19 @@ class StreamDataset(IterableDataset[Batch]):
             if len(sequences) < len(wanted):
                 return
 
-    def _tokens_of_next(self, readers: _Readers, stream: int) -> tuple[Place, Tensor] | None:
+    def _tokens_of_next(self, readers: _Readers, stream: int) -> tuple[Place, Iterator[Tensor]] | None:
         if (document := readers.next(stream)) is None:
             return None
         place, text = document
-        tokens = torch.tensor(self._encode(text), dtype=torch.int64)
         saved = self._places.get(stream)
-        if saved is not None and saved.document == place and saved.token > len(tokens):
-            raise self._documents.changed(saved)
-        return place, tokens
+        return place, self._pieces(text, saved if saved is not None and saved.document == place else place)
+
+    def _pieces(self, text: str, place: Place) -> Iterator[Tensor]:
+        """The document's tokens from ``place`` on."""
+        used = place.token
+        for piece in self._encode(text):
+            if used < len(piece):
+                yield torch.tensor(piece[used:], dtype=torch.int64)
+            used = max(0, used - len(piece))
+        if used:
+            raise self._documents.changed(place)

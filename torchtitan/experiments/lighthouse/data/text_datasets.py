@@ -10,29 +10,25 @@ All of them are a list of files. Training deals their documents out to streams (
 that an older version started, let Hugging Face `datasets` split them over the ranks.
 """
 
-import gzip
 import hashlib
-import itertools
-import json
 import re
 import sysconfig
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import fsspec
-import pyarrow.parquet
 from datasets import IterableDataset
 from torchtitan.components.dataloader import BaseDataLoader, ParallelAwareDataloader
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.config import JobConfig
 from torchtitan.config.job_config import Training, Validation
+from torchtitan.experiments.lighthouse.data.pieces import PieceEncoder
+from torchtitan.experiments.lighthouse.data.records import BadRecord, Skipping, is_remote, read_documents
 from torchtitan.experiments.lighthouse.data.stream_loader import StreamLoader
-from torchtitan.experiments.lighthouse.data.streams import Documents
-from torchtitan.experiments.lighthouse.errors import DataError
+from torchtitan.experiments.lighthouse.data.streams import Documents, is_text
+from torchtitan.experiments.lighthouse.errors import DataError, Refused
 from torchtitan.experiments.lighthouse.seams.dataset import ResumableTextDataset
 from torchtitan.hf_datasets import DatasetConfig
 from torchtitan.hf_datasets.text_datasets import DATASETS
@@ -43,13 +39,8 @@ C4_SHARDS = {"train": 1024, "validation": 8}
 TEST_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 STDLIB_VALIDATION_STRIDE = 20
 
-# Seconds before each new try; the try after the last delay is the final one.
-RETRY_DELAYS = (1, 2, 4, 8, 16)
-HTTP_LIBRARIES = {"aiohttp", "httpx", "httpx2", "huggingface_hub", "requests", "urllib3"}
-
-
-class StreamingError(RuntimeError):
-    """The network kept failing while a remote file was read."""
+#: Local files whose first record is read before a run starts.
+MOST_CHECKED = 256
 
 
 @dataclass(frozen=True)
@@ -111,12 +102,10 @@ def build_dataloader(
     path = section.dataset_path or registered.path
     logger.info(f"Preparing {section.dataset} dataset from {path}")
 
-    def read(file: str) -> Iterator[str]:
-        return map(registered.sample_processor, read_documents([file]))
-
+    read, skipping = partial(_texts, registered.sample_processor), _skipping(section)
     return StreamLoader(
-        Documents(section.dataset, registered.loader.files(path), read, infinite),
-        partial(tokenizer.encode, add_bos=True, add_eos=True),
+        Documents(section.dataset, registered.loader.files(path), read, infinite, skipping),
+        PieceEncoder(tokenizer),
         by_rank,
         seq_len=section.seq_len,
         batch_size=section.local_batch_size,
@@ -142,7 +131,8 @@ def build_rank_dataloader(
     dataset = ResumableTextDataset(
         dataset_name=section.dataset,
         dataset_path=section.dataset_path,
-        tokenizer=tokenizer,
+        encode=PieceEncoder(tokenizer),
+        skip=_skipping(section).skip_and_log,
         seq_len=section.seq_len,
         dp_rank=dp_rank,
         dp_world_size=dp_world_size,
@@ -153,8 +143,69 @@ def build_rank_dataloader(
 
 
 def encodable_text(sample: dict[str, Any]) -> str:
-    """The sample's text; lone surrogates, which UTF-8 and so the tokenizer cannot hold, become '?'."""
+    """The sample's text; lone surrogates, which UTF-8 and so the tokenizer cannot hold, become '?'.
+
+    Raises:
+        DataError: for a bad record; a reader that may skip it does not ask.
+    """
+    if "bad" in sample:
+        Skipping().skip(sample["bad"], 0)
     return sample["text"].encode("utf-8", errors="replace").decode("utf-8")
+
+
+def _texts(processor: Callable[[dict[str, Any]], str], file: str) -> Iterator[str | BadRecord]:
+    for sample in read_documents([file]):
+        yield sample["bad"] if "bad" in sample else processor(sample)
+
+
+def _skipping(section: Training | Validation) -> Skipping:
+    # Upstream's own sections do not have the setting.
+    name = "validation" if isinstance(section, Validation) else "training"
+    return Skipping(getattr(section, "max_bad_records", 0), f"{name}.max_bad_records")
+
+
+# Before a run starts
+
+
+def check_data(job_config: JobConfig) -> None:
+    """Whether there is data to train on, and to validate on: files that open, with records, and some text in them.
+
+    Reads the first record of each local file, up to ``MOST_CHECKED`` files. Of remote files only the first is opened.
+
+    Raises:
+        Refused: if not.
+    """
+    sections: list[Training | Validation] = [job_config.training]
+    if job_config.validation.enable:
+        sections.append(job_config.validation)
+    for section in sections:
+        name = "validation" if isinstance(section, Validation) else "training"
+        registered = DATASETS.get(section.dataset.lower())
+        if registered is None:
+            raise Refused(f"{name}.dataset={section.dataset!r}: must be one of {', '.join(sorted(DATASETS))}")
+        if isinstance(registered.loader, TextFiles):
+            path = section.dataset_path or registered.path
+            files, read = registered.loader.files(path), partial(_texts, registered.sample_processor)
+            if not _has_text(files, read, _skipping(section)):
+                raise DataError(
+                    f"{name}.dataset={section.dataset!r}: no text in any record of its {len(files):,} file(s), the "
+                    f"first of which is {files[0]}"
+                )
+
+
+def _has_text(files: list[str], read: Callable[[str], Iterator[str | BadRecord]], skipping: Skipping) -> bool:
+    skipped, found = 0, False
+    for number, file in enumerate(files):
+        if found and (number == MOST_CHECKED or is_remote(file)):
+            break
+        for text in read(file):
+            if isinstance(text, BadRecord):
+                skipped = skipping.skip(text, skipped)
+                continue
+            found = found or is_text(text)
+            if found:
+                break
+    return found
 
 
 # Where the files are
@@ -241,98 +292,3 @@ def _existing_folder(path: str) -> Path:
 
 def _dataset(files: list[str]) -> IterableDataset:
     return IterableDataset.from_generator(read_documents, gen_kwargs={"files": files})
-
-
-# What is in them
-
-
-def read_documents(files: list[str]) -> Iterator[dict[str, str]]:
-    """Yield {"text": ...} for every record of `files` (local paths or fsspec addresses), in order.
-
-    Raises:
-        DataError: if a file cannot be read, or a record has no text; names the file and the record.
-        StreamingError: if the network fails on a remote file more often than `RETRY_DELAYS` allows.
-    """
-    for file in files:
-        for text in _read_patiently(file):
-            yield {"text": text}
-
-
-def _read_patiently(file: str) -> Iterator[str]:
-    """`_read_file`, opened anew after a network failure and wound forward to the next record."""
-    done = failures = 0
-    while True:
-        try:
-            for text in itertools.islice(_read_file(file), done, None):
-                done, failures = done + 1, 0
-                yield text
-            return
-        except Exception as error:
-            if not _is_network_failure(file, error):
-                raise
-            if failures == len(RETRY_DELAYS):
-                raise StreamingError(
-                    f"{file}: network failure after record {done}, {failures + 1} tries without progress "
-                    f"({_describe(error)}); the dataset 'c4_local' trains from a local copy"
-                ) from error
-            delay = RETRY_DELAYS[failures]
-            failures += 1
-            logger.warning(f"{file}: network failure ({_describe(error)}), trying again in {delay} s")
-            time.sleep(delay)
-
-
-def _read_file(file: str) -> Iterator[str]:
-    """Yield the text of each record; every failure but the network's becomes a DataError."""
-    number = 0
-    try:
-        with _open(file) as stream:
-            for number, record in enumerate(_records(file, stream), start=1):
-                text = record.get("text") if isinstance(record, dict) else None
-                if not isinstance(text, str):
-                    raise DataError(f"{file}: record {number} is not an object with a string 'text'")
-                yield text
-    except Exception as error:
-        if isinstance(error, DataError) or _is_network_failure(file, error):
-            raise
-        place = f"after record {number}" if number else "at its start"
-        raise DataError(f"{file}: cannot be read {place} ({_describe(error)})") from error
-
-
-def _open(file: str) -> BinaryIO:
-    return fsspec.open(file, "rb").open() if _is_remote(file) else open(file, "rb")
-
-
-def _records(file: str, stream: BinaryIO) -> Iterator[Any]:
-    if file.endswith(".py"):
-        yield {"text": stream.read().decode("utf-8", errors="replace")}
-    elif file.endswith(".parquet"):
-        # A small batch: one row can be a whole book.
-        for batch in pyarrow.parquet.ParquetFile(stream).iter_batches(batch_size=64, columns=["text"]):
-            yield from batch.to_pylist()
-    else:
-        # Not `load_dataset("json")`: it fixes every column's type by the first 10 MB, fills a missing text
-        # with None, and reports errors without a record number.
-        lines = gzip.GzipFile(fileobj=stream) if file.endswith(".gz") else stream
-        for line in lines:
-            if line.strip():
-                yield json.loads(line)
-
-
-def _is_remote(file: str) -> bool:
-    return "://" in file
-
-
-def _is_network_failure(file: str, error: Exception) -> bool:
-    """Whether opening the file again may help: not where it is local, absent, forbidden or damaged."""
-    if not _is_remote(file) or isinstance(error, (FileNotFoundError, PermissionError, gzip.BadGzipFile)):
-        return False
-    status = getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "status", None)
-    if isinstance(status, int):
-        return status in (408, 429) or status >= 500
-    # The Hub's client has changed its HTTP library before, and not all of their errors are OSErrors.
-    modules = {cls.__module__.partition(".")[0] for cls in type(error).__mro__}
-    return isinstance(error, OSError) or not modules.isdisjoint(HTTP_LIBRARIES)
-
-
-def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"

@@ -49,6 +49,7 @@ RULES = {
     "debug": Rule.FREE,
     "training.steps": Rule.FREE,
     "training.local_batch_size": Rule.FREE,  # The tokens of a step stay, below.
+    "training.max_bad_records": Rule.FREE,
     "training.dataloader": Rule.FREE,
     "training.enable_cpu_offload": Rule.FREE,
     "training.gc_freq": Rule.FREE,

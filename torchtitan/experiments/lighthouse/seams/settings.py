@@ -5,12 +5,16 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
 import sys
 import time
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
-import torch
 import torchtitan.train as upstream
 from torchtitan.config import ConfigManager
 from torchtitan.experiments.lighthouse.errors import Refused, as_refusal, exit_on_refusal
@@ -22,8 +26,11 @@ from torchtitan.experiments.lighthouse.settings_rules import check_settings
 #: Of Linux's prctl: the signal for this process when its parent is gone.
 PR_SET_PDEATHSIG = 1
 
-#: How long another rank waits for rank 0 to find the same and say so.
-SECONDS_FOR_RANK_0 = 20
+#: How long another rank waits for rank 0 to find the same and say so, and one rank more than the one before it.
+SECONDS_FOR_RANK_0, SECONDS_A_RANK = 20, 1
+
+#: How long a rank that failed waits for torchrun to end it, because another one failed first.
+SECONDS_FOR_TORCHRUN = 3
 
 
 class CheckedConfigManager(ConfigManager):
@@ -56,19 +63,51 @@ def die_with_launcher() -> None:
 
 
 def main(trainer: type[HookedTrainer]) -> None:
-    """Upstream's entry point. What is refused before there is a process group is the same on all ranks: one says it."""
-
-    def another_says_it() -> bool:
-        silent = os.environ.get("RANK", "0") != "0" and not torch.distributed.is_initialized()
-        if silent:
-            # Torchrun ends all processes when the first one fails: that must not be this one.
-            time.sleep(SECONDS_FOR_RANK_0)
-        return silent
-
+    """Upstream's entry point. What is refused is the same on all ranks, or nearly always: rank 0 says it."""
+    rank = int(os.environ.get("RANK", 0))
+    command = f"train, rank {rank} on {socket.gethostname()}" if rank else "train"
     die_with_launcher()
-    with exit_on_refusal("train", silent=another_says_it):
-        as_module: Any = upstream
-        as_module.ConfigManager = CheckedConfigManager  # its ``main`` makes one
-        upstream.main(trainer)
+    with exit_on_refusal(command, before=partial(_leave_it_to_rank_0, rank)):
+        _run(trainer)
     if trainer.stopped_early:
         sys.exit(STOPPED)
+
+
+def _run(trainer: type[HookedTrainer]) -> None:
+    as_module: Any = upstream
+    as_module.ConfigManager = CheckedConfigManager  # its ``main`` makes one
+    try:
+        upstream.main(trainer)
+    except RuntimeError:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            # Perhaps a collective that failed because another rank has ended: that one has said why.
+            with _without_traceback_for_torchrun():
+                _await_end(SECONDS_FOR_TORCHRUN)
+        raise
+
+
+def _leave_it_to_rank_0(rank: int) -> None:
+    """Returns at once on rank 0, and elsewhere only where rank 0 does not find the same."""
+    with _without_traceback_for_torchrun() as aside:
+        if rank:
+            _await_end(SECONDS_FOR_RANK_0 + SECONDS_A_RANK * min(rank, 30))
+        aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def _without_traceback_for_torchrun() -> Iterator[Path]:
+    """Torchrun shows the traceback that upstream leaves in a file for it, of every process that ends: not in here."""
+    file = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", os.devnull))
+    aside = file.with_name(f"{file.name}.aside")
+    if file.is_file():
+        file.rename(aside)
+    yield aside
+    if aside.is_file():
+        aside.rename(file)
+
+
+def _await_end(seconds: float) -> None:
+    """Torchrun ends all processes when the first one fails: that must not be this one."""
+    # Not a request to stop after a step any more.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(seconds)
