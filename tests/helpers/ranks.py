@@ -50,10 +50,12 @@ def start(nproc: int, arguments: list[str], variables: dict[str, str], *, timeou
             ranks.append(forks.Process(target=_rank, args=(arguments, variables | place, *printed)))
             with mock.patch.dict(os.environ, variables):  # with the first one starts what they are forked from
                 ranks[-1].start()
-        deadline = time.monotonic() + timeout
+        deadline, failed = time.monotonic() + timeout, False
         while any(rank.exitcode is None for rank in ranks):
-            if any(rank.exitcode for rank in ranks):
-                deadline = min(deadline, time.monotonic() + GRACE)
+            if not failed and any(rank.exitcode for rank in ranks):
+                failed, deadline = True, min(deadline, time.monotonic() + GRACE)
+                for rank in ranks:
+                    rank.terminate()  # as torchrun does: a rank that has left it to rank 0 to speak waits for this
             if time.monotonic() > deadline:
                 for rank in ranks:
                     rank.kill()
