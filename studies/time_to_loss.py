@@ -5,6 +5,9 @@
     python studies/time_to_loss.py run --output outputs/time_to_loss --arms dense "published 10:6"
     python studies/time_to_loss.py report --output outputs/time_to_loss
 
+    python studies/time_to_loss.py base --output outputs/from_2k
+    python studies/time_to_loss.py run --output outputs/from_2k --start outputs/from_2k/base --steps 320
+
 QUESTION, asked before any run: at 98,304 tokens, which chain of stages, each with its attention, gets the 32M model
 (train_configs/32m_32k.toml, k = 1,536) in 960 steps to dense's final held-out loss in the fewest seconds, and how do
 loss beyond 16K and recall beyond 16K then compare with dense's?
@@ -21,6 +24,10 @@ pieces of held-out books with their own quotes, every sixteenth of the steps, in
 mean of the last 50 steps before it (dense ones among them left out). After the last stage, dense, on 36 held-out
 pieces: loss by position, recall by distance. Reported: the gap to dense of the same seed at equal tokens and at equal
 seconds (its curve interpolated), seconds until dense's final loss. "dense, again" is the noise of one arm run twice.
+
+From random weights, no arm learns to look back in 960 steps, whatever its attention. ``base`` trains dense weights of
+short sequences first, in more and smaller steps; with ``--start`` all arms begin with them, their optimizer anew. That
+is how long contexts are trained in practice, and what recall can be measured on.
 
 ``prepare`` writes OUTPUT/text, which can be carried to another machine (25 MB); ``run`` plants, shuffles by the seed,
 and runs one arm per GPU at a time. Killed and started again, it continues; finished arms, OUTPUT/results/ARM.json, are
@@ -50,8 +57,16 @@ from typing import Any
 import recall
 from time_to_loss_arms import ARMS, PARTS, Arm, Stage
 from time_to_loss_report import report
+from torchtitan.experiments.lighthouse.errors import exit_on_refusal
 from torchtitan.experiments.lighthouse.runs import launch
-from torchtitan.experiments.lighthouse.runs.checkpoints import checkpoints_in, complete_checkpoints_in, step_of
+from torchtitan.experiments.lighthouse.runs.checkpoints import (
+    checkpoints_in,
+    complete_checkpoints_in,
+    config_file_of,
+    find_checkpoint,
+    read_config,
+    step_of,
+)
 from torchtitan.experiments.lighthouse.runs.records import METRICS_FILE, read_metrics, usual_rate
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -121,6 +136,7 @@ def runs_of(arm: Arm, options: argparse.Namespace) -> list[Run]:
             settings += [f"--training.steps={last}", *common, f"--training.seq_len={context}"]
             settings += [f"--training.local_batch_size={options.seq_len // context}"]
             settings += ["--lighthouse.no-enable"] if stage.lighthouse is None else stage.settings
+            settings += [] if options.start is None else [f"--checkpoint.initial_load_path={options.start}"]
             command = launch.trainer_command(
                 launch.one_node(1), [*settings, *(validate if is_scored else ()), *options.overrides]
             )
@@ -234,7 +250,14 @@ def result_of(arm: Arm, runs: list[Run], score: dict[str, Any], options: argpars
 def study_settings(options: argparse.Namespace) -> dict[str, Any]:
     config = options.config.resolve()
     name = str(config.relative_to(REPOSITORY)) if config.is_relative_to(REPOSITORY) else str(config)
-    return {"config": name, "overrides": options.overrides} | {n: getattr(options, n) for n in ("seq_len", "steps")}
+    settings = {"config": name, "overrides": options.overrides, "seq_len": options.seq_len, "steps": options.steps}
+    return settings if options.start is None else settings | {"start": start_settings(options.start)}
+
+
+def start_settings(checkpoint: Path) -> dict[str, Any]:
+    """What the weights that all arms start from have been trained with, wherever they lie."""
+    training = read_config(config_file_of(checkpoint))["training"]
+    return {"seq_len": training["seq_len"], "sequences": training["local_batch_size"], "steps": step_of(checkpoint)}
 
 
 def devices() -> list[str | None]:
@@ -281,11 +304,14 @@ def run(options: argparse.Namespace) -> int:
 def main() -> None:
     arguments, overrides = launch.split_overrides(sys.argv[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("prepare", "run", "report"))
+    parser.add_argument("command", choices=("prepare", "base", "run", "report"))
     parser.add_argument("--output", type=Path, default=Path("outputs/time_to_loss"))
     parser.add_argument("--text", nargs="+", type=Path, help="prepare: folders with files named *train*, *validation*")
     parser.add_argument("--seq-len", type=int, default=98304, help="prepare: tokens per sequence")
-    parser.add_argument("--steps", type=int, default=960, help=f"prepare: of every arm, a multiple of {PARTS}")
+    parser.add_argument("--steps", type=int, help=f"of every arm, a multiple of {PARTS} (default: 960, or prepare's)")
+    parser.add_argument("--base", nargs=3, type=int, default=(2048, 8, 5000), metavar=("TOKENS", "SEQUENCES", "STEPS"),
+                        help="base: tokens per sequence, sequences per step, steps (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--start", type=Path, help="run: all arms start from these weights, OUTPUT/base")
     parser.add_argument("--prepared", type=Path, help="run: what prepare wrote (default: OUTPUT/text)")
     parser.add_argument("--config", type=Path, default=REPOSITORY / "train_configs/32m_32k.toml", help="run: the model")
     parser.add_argument("--seed", type=int, default=0, help="run: of the weights and the order of the text")
@@ -297,9 +323,13 @@ def main() -> None:
     options = parser.parse_args(arguments, argparse.Namespace(overrides=overrides))
     options.output = options.output.resolve()
     if options.command == "prepare":
+        options.steps = options.steps or 960
         if not options.text or options.steps % PARTS or (options.output / "text").exists():
             raise SystemExit(f"prepare needs --text, --steps a multiple of {PARTS}, and an --output without text/")
         recall.prepare(options.text, options.output / "text", options.seq_len, options.steps, held_out=SCORED)
+    elif options.command == "base":
+        plant_text(options)
+        train_base(options)
     elif options.command == "run":
         start_and_run(options)
     else:
@@ -308,12 +338,35 @@ def main() -> None:
         report(folder, options.output, options.level, [arm.name for arm in ARMS])
 
 
-def start_and_run(options: argparse.Namespace) -> None:
+def plant_text(options: argparse.Namespace) -> None:
+    """Text of the seed from what was prepared, which also says how long sequences and arms are."""
     prepared = options.prepared or options.output / "text"
     if not (prepared / "about.json").is_file():
         raise SystemExit(f"time_to_loss: {prepared} holds no prepared text; run prepare first, or name it: --prepared")
     about = json.loads((prepared / "about.json").read_text())
-    options.seq_len, options.steps = about["seq_len"], about["steps"]
+    options.seq_len, options.steps = about["seq_len"], options.steps or about["steps"]
+    recall.plant_and_shuffle(prepared, options.output / f"text-seed{options.seed}", options.seq_len, options.seed)
+
+
+def train_base(options: argparse.Namespace) -> None:
+    """A dense model of short sequences, OUTPUT/base."""
+    tokens, sequences, steps = options.base
+    settings = ["--job.config_file", str(options.config), f"--job.dump_folder={options.output / 'base'}"]
+    settings += ["--training.dataset=c4_local", f"--training.dataset_path={options.output}/text-seed{options.seed}"]
+    settings += [f"--training.seq_len={tokens}", f"--training.local_batch_size={sequences}", "--lighthouse.no-enable"]
+    settings += [f"--training.steps={steps}", f"--lr_scheduler.total_steps={steps}", "--checkpoint.keep_latest_k=2"]
+    settings += ["--checkpoint.interval=1000", f"--debug.seed={options.seed}", "--metrics.log_freq=20"]
+    command = launch.trainer_command(launch.one_node(1), [*settings, *options.overrides])
+    call(command, options.output / "base.log", devices()[0])
+
+
+def start_and_run(options: argparse.Namespace) -> None:
+    plant_text(options)
+    if options.steps % PARTS:
+        raise SystemExit(f"time_to_loss: --steps {options.steps}: must be a multiple of {PARTS}")
+    if options.start is not None:
+        with exit_on_refusal("time_to_loss"):
+            options.start = find_checkpoint(options.start.resolve())
     by_name = {arm.name: arm for arm in ARMS}
     options.arms = [by_name[name] for name in dict.fromkeys(options.arms)]  # in the order that was asked for
     for arm in options.arms:
@@ -328,7 +381,6 @@ def start_and_run(options: argparse.Namespace) -> None:
         git = ["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"]
         answer = subprocess.run(git, capture_output=True, text=True) if shutil.which("git") else None
         options.commit = answer.stdout.strip() if answer and not answer.returncode else None
-    recall.plant_and_shuffle(prepared, options.output / f"text-seed{options.seed}", options.seq_len, options.seed)
     if failed := run(options):
         raise SystemExit(f"time_to_loss: {failed} of {len(options.arms)} arms failed")
 

@@ -31,7 +31,7 @@ SCORE = {
 @pytest.fixture
 def options(tmp_path):
     return argparse.Namespace(
-        output=tmp_path, steps=960, seq_len=98304, seed=0, overrides=["--optimizer.lr=2e-3"], commit="abc",
+        output=tmp_path, steps=960, seq_len=98304, seed=0, overrides=["--optimizer.lr=2e-3"], commit="abc", start=None,
         config=time_to_loss.REPOSITORY / "train_configs/32m_32k.toml",
     )  # fmt: skip
 
@@ -98,6 +98,24 @@ def test_an_arm_expands_to_its_commands(options):
     assert {"--validation.enable", "--validation.freq=60", "--validation.steps=12"} < set(second.command)
     (dense,) = runs_of(DENSE, options)
     assert {"--lighthouse.no-enable", "--validation.seq_len=98304", "--training.steps=960"} < set(dense.command)
+
+
+def test_all_arms_start_from_the_weights_that_are_given(options, tmp_path):
+    """The first stage of each, with an optimizer of its own; results say what the weights were trained with."""
+    options.start = tmp_path / "base/checkpoint/step-5000"
+    options.start.mkdir(parents=True)
+    training = {"training": {"seq_len": 2048, "local_batch_size": 8}}
+    (tmp_path / "base/config.json").write_text(json.dumps(training))
+    for arm in ARMS:
+        first, *later = runs_of(arm, options)
+        assert f"--checkpoint.initial_load_path={options.start}" in first.command
+        assert not any("initial_load_model_only" in word for run in (first, *later) for word in run.command)
+        assert not any(str(options.start) in word for run in later for word in run.command)
+    said = time_to_loss.study_settings(options)
+    assert said["start"] == {"seq_len": 2048, "sequences": 8, "steps": 5000}
+    options.start = None
+    assert "start" not in time_to_loss.study_settings(options)
+    assert not any("initial_load" in word for word in runs_of(DENSE, options)[0].command)
 
 
 def test_a_gentler_switch_is_a_stage_of_its_own(options):
