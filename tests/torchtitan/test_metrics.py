@@ -1,12 +1,16 @@
 import json
 import logging
+import math
 import os
 import re
 import shutil
 from types import SimpleNamespace
 
 import pytest
+import torch
+from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.experiments.lighthouse.data.tokenizer import build_tokenizer
 from torchtitan.experiments.lighthouse.metrics import (
     JsonlLogger,
     LighthouseMetricsProcessor,
@@ -16,6 +20,7 @@ from torchtitan.experiments.lighthouse.metrics import (
 )
 from torchtitan.experiments.lighthouse.runs.records import read_metrics, usual_rate
 from torchtitan.experiments.lighthouse.seams.metrics import step_line
+from torchtitan.experiments.lighthouse.validate import Counted
 from torchtitan.tools.utils import Color, NoColor
 
 from helpers.launch import train
@@ -65,6 +70,32 @@ def test_a_line_says_how_many_dense_steps_its_rate_is_of(tmp_path, monkeypatch):
     dense = [(record["step"], record.get("dense"), record.get("dense_steps")) for record in records]
     assert dense[:3] == [(10, False, 2), (20, True, 1), (24, True, 1)]
     assert dense[3:] == [(10, None, None), (20, None, None), (24, None, None)]
+
+
+def test_validation_is_in_bits_per_byte_of_the_text_that_was_used(tmp_path, monkeypatch):
+    """Upstream asks for one batch more than it uses; begin and end of a text stand for no bytes."""
+    tokenizer = build_tokenizer(parse("debug.toml"))
+    document = [tokenizer.bos_id, *"naïve".encode(), tokenizer.eos_id]
+    batches = [({}, torch.tensor([document, [*document[:7], IGNORE_INDEX]]))] * 3
+    counted = Counted(batches, tokenizer)
+    for _ in range(2):  # each validation counts anew
+        for used, _ in enumerate(counted):
+            if used == 2:
+                break
+        assert (counted.tokens, counted.bytes) == (2 * 15, 2 * 12)
+    list(counted)
+    assert (counted.tokens, counted.bytes) == (3 * 15, 3 * 12)
+
+    given, lines = {}, JsonlLogger(tmp_path / "metrics.jsonl", "stage2")
+    monkeypatch.setattr(MetricsProcessor, "log_validation", lambda self, loss, step, extra: given.update(extra))
+    processor = LighthouseMetricsProcessor.__new__(LighthouseMetricsProcessor)
+    processor.job_config = parse("debug.toml", "--lighthouse.no-enable", "--lighthouse.stage", "2")
+    processor._progress, processor.bytes_per_token = Progress("stage2", 9), lambda: 12 / 15
+    processor.log_validation(0.8 * math.log(2), 5)
+    assert given == {"stage": 2, "validation_metrics/bits_per_byte": pytest.approx(1.0)}  # to TensorBoard and W&B
+    lines.log({"validation_metrics/loss": 1.0} | given, 5)
+    (record,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert (record["stage"], record["bits_per_byte"]) == ("stage2", pytest.approx(1.0))
 
 
 def test_the_usual_rate_sees_dense_steps():
@@ -160,29 +191,29 @@ def test_upstreams_own_line_of_a_step_is_the_one_that_changes(color, caplog):
 
     def log(step):
         caplog.clear()
+        processor.data_loading_times = [0.0]
         with caplog.at_level(logging.INFO):
             MetricsProcessor.log(processor, step, 2.0, 2.0, 1.0)
-        (line,) = caplog.messages
-        return line
+            MetricsProcessor.log_validation(processor, 2.0, step)
+        return caplog.messages
 
+    figures = re.compile(r"tps: .*")
     for step, number in ((5, " 5"), (12345, "12345")):
-        processor.data_loading_times = [0.0]
         before = log(step)
-        processor.data_loading_times = [0.0]
         with step_line("Stage 2, step 5 of 9"):
             after = log(step)
-        figures = re.compile(r"tps: .*")
-        assert f"step: {number}  " in before
-        assert figures.sub("", after) == figures.sub("", before.replace(f"step: {number}", "Stage 2, step 5 of 9"))
-        processor.data_loading_times = [0.0]
-        assert f"step: {number}  " in log(step)
+        assert len(before) == len(after) == 2
+        for ours, theirs, found in zip(after, before, (f"step: {number}", f"validate step: {number}"), strict=True):
+            assert f"{found}  " in theirs
+            assert figures.sub("", ours) == figures.sub("", theirs.replace(found, "Stage 2, step 5 of 9"))
+        assert all(f"step: {number}  " in line for line in log(step))
 
 
 def test_other_messages_pass_unchanged(caplog):
     with caplog.at_level(logging.INFO), step_line("Stage 1"):
-        logging.info("validate step:  5  loss:  2.0")
+        logging.info("revalidate step:  5  loss:  2.0")
         logging.info("Saving at step: %d", 5)
-    assert caplog.messages == ["validate step:  5  loss:  2.0", "Saving at step: 5"]
+    assert caplog.messages == ["revalidate step:  5  loss:  2.0", "Saving at step: 5"]
 
 
 def test_time_left_follows_the_recent_steps():

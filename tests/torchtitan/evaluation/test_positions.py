@@ -10,7 +10,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torchtitan.experiments.lighthouse import evaluate
-from torchtitan.experiments.lighthouse.data.tokenizer import build_tokenizer
+from torchtitan.experiments.lighthouse.data.tokenizer import build_tokenizer, utf8_bytes
 from torchtitan.experiments.lighthouse.errors import Refused
 from torchtitan.experiments.lighthouse.evaluation import positions
 from torchtitan.experiments.lighthouse.runs import settings as run_settings
@@ -83,6 +83,8 @@ def test_buckets_add_up_to_the_validation_loss_and_to_single_positions(run, subj
     whole = positions.total(buckets)
     assert whole.bytes == SEQUENCES * 1024 - special
     assert whole.bits_per_byte == pytest.approx(weighted * whole.tokens / whole.bytes / math.log(2))
+    (record,) = (record for record in metrics(run) if "validation_loss" in record)  # the trainer counts the same bytes
+    assert record["bits_per_byte"] / record["validation_loss"] == pytest.approx(whole.bits_per_byte / whole.loss)
 
 
 def test_bytes_of_a_tokenizer_that_joins_them():
@@ -100,7 +102,7 @@ def test_bytes_of_a_tokenizer_that_joins_them():
 
     tokens = inner.encode(text).ids
     assert len(tokens) < len(text)
-    assert positions.utf8_bytes([1000, *tokens, 1001], Outer()) == len(text.encode()) > len(text)
+    assert utf8_bytes([1000, *tokens, 1001], Outer()) == len(text.encode()) > len(text)
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,12 @@ Both beside upstream's figures on the console, in TensorBoard and in W&B.
 """
 
 import json
+import math
 import os
 import secrets
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +17,7 @@ from torchtitan.components.metrics import BaseLogger, LoggerContainer, MetricsPr
 from torchtitan.distributed import ParallelDims
 from torchtitan.experiments.lighthouse.job_config import MergedConfig
 from torchtitan.experiments.lighthouse.runs.checkpoints import first_stage_of, where_now
-from torchtitan.experiments.lighthouse.runs.records import METRICS_FILE, name_of, read_metrics, stage_of
+from torchtitan.experiments.lighthouse.runs.records import METRICS_FILE, name_of, number_of, read_metrics, stage_of
 from torchtitan.experiments.lighthouse.seams.metrics import logs_here, print_colours_to_terminals_only, step_line
 from torchtitan.protocols.model import BaseModelArgs
 
@@ -40,6 +42,7 @@ _TRAIN_FIELDS = {
 }
 _VALIDATION_FIELDS = {
     "validation_metrics/loss": "validation_loss",
+    "validation_metrics/bits_per_byte": "bits_per_byte",
     "validation_metrics/throughput(tps)": "tokens_per_second",
     "validation_metrics/memory/max_reserved(GiB)": "memory_gib",
 }
@@ -51,8 +54,8 @@ class JsonlLogger(BaseLogger):
     A line holds step, stage, loss, lr, grad_norm, tokens_seen (all ranks), tokens_per_second (per device),
     mfu_percent, memory_gib (peak reserved since the last line), memory_active_gib, time (Unix seconds) and
     wall_clock_s (seconds this run has been up, over all its starts). Validation writes lines of its own, with
-    validation_loss. After a crash the steps since the last checkpoint are logged again: ``read_metrics`` keeps the
-    later line.
+    validation_loss (nats per token) and bits_per_byte. After a crash the steps since the last checkpoint are logged
+    again: ``read_metrics`` keeps the later line.
 
     Where ``lighthouse.dense_every`` is set, a line also says whether this step, whose loss it holds, was ``dense``, and
     how many ``dense_steps`` there were since the last line: tokens_per_second is that of all steps since then, and
@@ -123,8 +126,11 @@ class Progress:
     def after(self, step: int, now: float) -> str:
         """The beginning of the line of ``step``, logged at ``now`` seconds of any clock that does not jump."""
         self._recent.append((step, now))
+        return f"{self.at(step)}, {self._left(step)}"
+
+    def at(self, step: int) -> str:
         last = f"{self._last_step:,}"
-        return f"{self._stage}, step {step:>{len(last)},} of {last}, {self._left(step)}"
+        return f"{self._stage}, step {step:>{len(last)},} of {last}"
 
     def _left(self, step: int) -> str:
         (earlier, then), (_, now) = self._recent[0], self._recent[-1]
@@ -148,6 +154,9 @@ def in_words(seconds: float) -> str:
 
 
 class LighthouseMetricsProcessor(MetricsProcessor):
+    #: Of the text of the validation that goes on; the validator sets it, and all ranks ask together.
+    bytes_per_token: Callable[[], float] | None = None
+
     def __init__(self, job_config: MergedConfig, parallel_dims: ParallelDims, tag: str | None = None) -> None:
         logs = logs_here(parallel_dims, job_config)
         if logs and job_config.metrics.enable_wandb:
@@ -176,21 +185,32 @@ class LighthouseMetricsProcessor(MetricsProcessor):
         extra_metrics: dict[str, Any] | None = None,
     ) -> None:
         """Upstream's, with tokens counted once (it adds up every rank of a sequence that is split) and the progress."""
-        if extra_metrics and "n_tokens_seen" in extra_metrics:
+        extra_metrics = (extra_metrics or {}) | self._stage
+        if "n_tokens_seen" in extra_metrics:
             extra_metrics["n_tokens_seen"] //= self.parallel_dims.cp
         section = cast(MergedConfig, self.job_config).lighthouse
         if section.enable and section.dense_every:
-            dense = {"dense": section.is_dense_step(step), "dense_steps": self.dense_steps}
-            extra_metrics = (extra_metrics or {}) | dense
-        if cast(MergedConfig, self.job_config).training.max_bad_records:
-            extra_metrics = (extra_metrics or {}) | {"bad_records": self.bad_records}
+            extra_metrics |= {"dense": section.is_dense_step(step), "dense_steps": self.dense_steps}
         with step_line(self._progress.after(step, time.monotonic())):
             super().log(step, global_avg_loss, global_max_loss, grad_norm, extra_metrics)
         self.dense_steps = 0
 
     def log_validation(self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None) -> None:
-        super().log_validation(loss, step, extra_metrics)
+        """Upstream's, with the stage, and the loss in bits per byte beside nats per token."""
+        extra_metrics = (extra_metrics or {}) | self._stage
+        beginning = f"{self._progress.at(step)}, validation"
+        if self.bytes_per_token is not None:
+            bits = loss / math.log(2) / self.bytes_per_token()
+            extra_metrics["validation_metrics/bits_per_byte"] = bits
+            beginning += f", {bits:.4f} bits per byte"
+        with step_line(beginning):
+            super().log_validation(loss, step, extra_metrics)
         self.dense_steps = 0  # the next line's rate begins here
+
+    @property
+    def _stage(self) -> dict[str, int]:
+        """For TensorBoard, which takes numbers alone, and for W&B."""
+        return {"stage": number_of(stage_of(cast(MergedConfig, self.job_config)))}
 
 
 def build_metrics_processor(

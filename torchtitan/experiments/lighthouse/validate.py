@@ -1,30 +1,74 @@
-"""Upstream's validation on our data loader, and on a model that computes its loss itself."""
+"""Upstream's validation on our data loader, and on a model that computes its loss itself; also in bits per byte."""
 
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, cast
 
-from torchtitan.components.tokenizer import BaseTokenizer
+import torch
+from torch import Tensor, nn
+from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.components.validate import BaseValidator, Validator
 from torchtitan.config import JobConfig
+from torchtitan.distributed import utils as dist_utils
 from torchtitan.experiments.lighthouse.data.text_datasets import build_validation_dataloader
+from torchtitan.experiments.lighthouse.data.tokenizer import utf8_bytes
 from torchtitan.experiments.lighthouse.loss import Processed, with_labels
+from torchtitan.experiments.lighthouse.metrics import LighthouseMetricsProcessor
+from torchtitan.tools.utils import device_type
+
+Batch = tuple[dict[str, Tensor], Tensor]
+
+
+class Counted:
+    """The same batches; counts the labels of those that were used, and the bytes of text that they stand for."""
+
+    def __init__(self, batches: Iterable[Batch], tokenizer: HuggingFaceTokenizer) -> None:
+        self._batches, self._tokenizer = batches, tokenizer
+        self.tokens = self.bytes = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.tokens = self.bytes = 0
+        for inputs, labels in self._batches:
+            yield inputs, labels
+            # Only now: upstream asks for one batch more than it uses.
+            for row in labels:
+                tokens = row[row != IGNORE_INDEX].tolist()
+                self.tokens += len(tokens)
+                self.bytes += utf8_bytes(tokens, self._tokenizer)
 
 
 class LighthouseValidator(Validator):
     def __init__(
-        self, *, job_config: JobConfig, dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, **kwargs: Any
+        self, *, job_config: JobConfig, dp_world_size: int, dp_rank: int, tokenizer: HuggingFaceTokenizer, **kwargs: Any
     ) -> None:
         super().__init__(
             job_config=job_config, dp_world_size=dp_world_size, dp_rank=dp_rank, tokenizer=tokenizer, **kwargs
         )
         # Upstream's validator cannot be handed a loader: it has just built one of its own, and read nothing from it.
         endless = job_config.validation.steps != -1
-        self.validation_dataloader = build_validation_dataloader(dp_world_size, dp_rank, tokenizer, job_config, endless)
+        loader = build_validation_dataloader(dp_world_size, dp_rank, tokenizer, job_config, endless)
+        self.validation_dataloader: Any = Counted(loader, tokenizer)
         cp, loss_of_rank = self.parallel_dims.cp, self.loss_fn
         # Upstream divides by the tokens of one rank's part of the sequences, and adds up the ranks.
         self.loss_fn = lambda pred, labels: loss_of_rank(pred, labels) / cp
 
     def post_dataloading_process(self, *args: Any) -> Processed:
         return with_labels(super().post_dataloading_process(*args), self.parallel_dims)
+
+    def validate(self, model_parts: list[nn.Module], step: int) -> None:
+        # Upstream hands its metrics the loss alone.
+        cast(LighthouseMetricsProcessor, self.metrics_processor).bytes_per_token = self._bytes_per_token
+        super().validate(model_parts, step)
+
+    def _bytes_per_token(self) -> float:
+        """Of all ranks' text in this validation; all ranks ask together."""
+        counted = self.validation_dataloader
+        sums = [
+            torch.tensor(number, dtype=torch.int64, device=device_type) for number in (counted.bytes, counted.tokens)
+        ]
+        mesh = self.parallel_dims.get_mesh("batch") if self.parallel_dims.dp_enabled else None
+        bytes, tokens = (dist_utils.dist_sum(number, mesh) for number in sums)
+        return bytes / tokens
 
 
 def build_validator(**kwargs: Any) -> BaseValidator:

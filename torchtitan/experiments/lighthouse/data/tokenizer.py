@@ -23,6 +23,19 @@ def build_tokenizer(job_config: JobConfig) -> HuggingFaceTokenizer:
     return tokenizer
 
 
+def utf8_bytes(tokens: list[int], tokenizer: HuggingFaceTokenizer) -> int:
+    """UTF-8 bytes of the text that ``tokens`` stand for; begin and end of text stand for none.
+
+    A byte tokenizer's tokens are counted, not decoded: they may begin within a character. Elsewhere a character that
+    is cut by their edge counts as the three bytes of the replacement character.
+    """
+    special = {tokenizer.bos_id, tokenizer.eos_id}
+    words = [token for token in tokens if token not in special]
+    if tokenizer.get_vocab_size() - len(special) == 256:
+        return len(words)
+    return len(tokenizer.tokenizer.decode(words).encode())
+
+
 def tokenizer_files(folder: Path) -> list[Path]:
     """The files there that upstream's tokenizer reads, and that decide what tokens a text has."""
     whole = (folder / "tokenizer.json").is_file()

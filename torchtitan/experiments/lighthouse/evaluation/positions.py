@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.experiments.lighthouse.data.text_datasets import build_validation_dataloader
+from torchtitan.experiments.lighthouse.data.tokenizer import utf8_bytes
 from torchtitan.experiments.lighthouse.errors import DataError, Refused
 from torchtitan.experiments.lighthouse.job_config import MergedConfig
 from torchtitan.experiments.lighthouse.model.model import LighthouseTransformer
@@ -203,19 +204,6 @@ def by_position(
             part = slice(bucket.start, bucket.end)
             bucket.add(loss[:, part], sum(utf8_bytes(row, tokenizer) for row in labels[:, part].tolist()))
     return buckets, count
-
-
-def utf8_bytes(tokens: list[int], tokenizer: HuggingFaceTokenizer) -> int:
-    """UTF-8 bytes of the text that ``tokens`` stand for; begin and end of text stand for none.
-
-    A byte tokenizer's tokens are counted, not decoded: a bucket may begin within a character. Elsewhere a character
-    that is cut by a bucket's edge counts as the three bytes of the replacement character.
-    """
-    special = {tokenizer.bos_id, tokenizer.eos_id}
-    words = [token for token in tokens if token not in special]
-    if tokenizer.get_vocab_size() - len(special) == 256:
-        return len(words)
-    return len(tokenizer.tokenizer.decode(words).encode())
 
 
 def total(buckets: Sequence[Bucket]) -> Bucket:

@@ -1,4 +1,4 @@
-"""Upstream's metrics where they have no hook: which process logs, and how the console's line per step begins."""
+"""Upstream's metrics where they have no hook: which process logs, and how the console's lines of a step begin."""
 
 import logging
 import re
@@ -12,8 +12,8 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.experiments.lighthouse.job_config import MergedConfig
 from torchtitan.tools.logging import logger
 
-#: How upstream's line of a step begins, after the code of a colour where there are colours.
-_STEP = re.compile(r"^(?P<colour>(?:\x1b\[[\d;]*m)?)step: *\d+(?=  )")
+#: How upstream's lines of a step and of its validation begin, after the code of a colour where there are colours.
+_STEP = re.compile(r"^(?P<colour>(?:\x1b\[[\d;]*m)?)(?:validate )?step: *\d+(?=  )")
 
 
 def logs_here(parallel_dims: ParallelDims, job_config: MergedConfig) -> bool:
@@ -25,7 +25,8 @@ def logs_here(parallel_dims: ParallelDims, job_config: MergedConfig) -> bool:
 
 @contextmanager
 def step_line(beginning: str) -> Iterator[None]:
-    """Meanwhile, upstream's line of a step reads ``beginning`` in place of "step:  5"; its figures stay as they are.
+    """Meanwhile, upstream's line of a step, or of its validation, reads ``beginning`` in place of "step:  5" or
+    "validate step:  5"; its figures stay as they are.
 
     Upstream computes the figures, formats the line and logs it in one method, without a hook. Its message is changed
     where it passes the logger: any other way would print a second line, or copy the method. Other messages, and a
