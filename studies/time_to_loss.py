@@ -23,11 +23,13 @@ pieces of held-out books with their own quotes, every sixteenth of the steps, in
 *Spike* is the training loss of the first step of the first dense stage that follows one through Lighthouse, minus the
 mean of the last 50 steps before it (dense ones among them left out). After the last stage, dense, on 36 held-out
 pieces: loss by position, recall by distance. Reported: the gap to dense of the same seed at equal tokens and at equal
-seconds (its curve interpolated), seconds until dense's final loss. "dense, again" is the noise of one arm run twice.
+seconds (its curve interpolated), seconds until dense's final loss. All arms train on the same piece in the same step,
+so training losses are compared step by step, too: texts differ more than arms do. "dense, again" is the noise of one
+arm run twice.
 
-From random weights, no arm learns to look back in 960 steps, whatever its attention. ``base`` trains dense weights of
-short sequences first, in more and smaller steps; with ``--start`` all arms begin with them, their optimizer anew. That
-is how long contexts are trained in practice, and what recall can be measured on.
+From random weights, the arms that were scored had not learned to look back after 960 steps, dense included. ``base``
+trains dense weights of short sequences first, in more and smaller steps; with ``--start`` all arms begin with them,
+their optimizer anew. That is how long contexts are trained in practice, and what recall can be measured on.
 
 ``prepare`` writes OUTPUT/text, which can be carried to another machine (25 MB); ``run`` plants, shuffles by the seed,
 and runs one arm per GPU at a time. Killed and started again, it continues; finished arms, OUTPUT/results/ARM.json, are
@@ -216,6 +218,7 @@ def result_of(arm: Arm, runs: list[Run], score: dict[str, Any], options: argpars
     """What is kept of an arm, from its runs' metrics and its score."""
     stages: list[dict[str, Any]] = []
     curve: list[list[float]] = []
+    training: dict[str, float] = {}  # by step
     seconds, before, spike = 0.0, None, None  # before: the mean loss before a switch, where it was through Lighthouse
     for one in runs:
         records = [r for r in read_metrics(one.folder / METRICS_FILE) if one.first < r["step"] <= one.last]
@@ -226,6 +229,7 @@ def result_of(arm: Arm, runs: list[Run], score: dict[str, Any], options: argpars
             if "validation_loss" in record:
                 at = seconds + (record["step"] - one.first) * per_step / speed
                 curve.append([record["step"], round(at, 3), record["validation_loss"]])
+        training |= {str(record["step"]): round(record["loss"], 4) for record in logged}
         is_dense = one.stage.lighthouse is None
         if before is not None and spike is None and is_dense:
             spike = logged[0]["loss"] - before
@@ -240,6 +244,7 @@ def result_of(arm: Arm, runs: list[Run], score: dict[str, Any], options: argpars
     return {
         **{"arm": arm.name, "seed": options.seed, "seconds": round(seconds, 3), "spike": spike},
         **{"held_out": curve[-1][2], "score": score, "stages": stages, "curve": curve},
+        "training": training,
         "settings": study_settings(options),
         "command": [launch.as_line(one.command) for one in runs],
         **{"gpu": score["device"], "torch": score["torch"], "commit": options.commit},

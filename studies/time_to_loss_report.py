@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 
@@ -58,6 +59,7 @@ def tables(results: list[dict[str, Any]], level: float | None) -> str:
     titles += [f"s until {goal}", "of dense's", "beyond 16K", "Δ", "spike", "recall beyond 16K"]
     rows = [compare(result, dense.get(result["seed"]), level) for result in results]
     parts = [ABOUT.format(goal=goal), table(titles, rows), "Stages\n", stages(results)]
+    parts += ["Training loss minus dense's in the same step, of the same text\n", step_by_step(results, dense)]
     for name, title, form in (
         ("by_position", "Held-out loss by position, all bytes / text outside quotes", ".4f"),
         ("recall", "Recall by distance: share of the loss that is saved when text is quoted / bytes right", ".1%"),
@@ -96,6 +98,24 @@ def compare(result: dict[str, Any], dense: dict[str, Any] | None, level: float |
         *(equal_tokens, equal_seconds, until, share, f"{far:.4f}", beyond),
         *(cell(result["spike"], "+.3f"), cell(score["recall_far"]["recall"], ".1%")),
     ]
+
+
+def step_by_step(results: list[dict[str, Any]], dense: dict[int, dict[str, Any]]) -> str:
+    """Mean difference, and its standard error, in each eighth of the steps that both have logged."""
+    last = max(int(step) for result in results for step in result["training"])
+    edges = [last * part // 8 for part in range(9)]
+    rows = []
+    for result in results:
+        beside = dense.get(result["seed"])
+        if beside is None or beside is result:
+            continue
+        losses, cells = beside["training"], []
+        both = {int(at): loss - losses[at] for at, loss in result["training"].items() if at in losses}
+        for start, end in pairwise(edges):
+            gaps = [gap for at, gap in both.items() if start < at <= end]
+            cells.append(f"{fmean(gaps):+.4f} ± {stdev(gaps) / len(gaps) ** 0.5:.4f}" if len(gaps) > 1 else "")
+        rows.append([result["arm"], str(result["seed"]), *cells])
+    return table(["arm", "seed", *(f"{start + 1:,}–{end:,}" for start, end in pairwise(edges))], rows)
 
 
 def stages(results: list[dict[str, Any]]) -> str:

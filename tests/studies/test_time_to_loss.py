@@ -232,7 +232,8 @@ def test_a_result_holds_seconds_curve_and_spike(options):
     assert arm["seconds"] == 600 / 2 + 360 and arm["spike"] == pytest.approx(0.75)
     assert [point[:2] for point in arm["curve"]] == [[step, step - 300] for step in range(660, 961, 60)]
     assert arm["gpu"] == "H200" and arm["settings"]["overrides"] == ["--optimizer.lr=2e-3"] and arm["commit"] == "abc"
-    assert arm["stages"][0]["last_training_loss"] == 2.0 and len(json.dumps(arm)) < 10_000
+    assert arm["stages"][0]["last_training_loss"] == 2.0 and len(json.dumps(arm)) < 20_000
+    assert len(arm["training"]) == 120 + 360 and len(dense["training"]) == 960
 
 
 def test_seconds_and_spike_of_a_stage_with_dense_steps(options):
@@ -290,6 +291,7 @@ def test_the_report_compares_at_equal_tokens_and_at_equal_seconds(options, capsy
     assert arm == ["published 10:6", "0", "660", "0.69", "1.9500", "-0.0500", "-0.3625", "627", "0.65", "1.9000",
                    "+0.0000", "+0.750", "25.0%"]  # fmt: skip
     for row in (["published 10:6", "0", "published", "1–600", "200", "2.0000", "0.0"],
+                ["published 10:6", "0", *["-0.5000 ± 0.0000"] * 5, "-0.2954 ± 0.0046", *["-0.3000 ± 0.0000"] * 2],
                 ["published 10:6", "0", "2.0000 / 1.5000"], ["published 10:6", "0", "50.0% / 75.0%"]):  # fmt: skip
         assert row in rows
     assert (options.output / "report/time_to_loss.png").read_bytes().startswith(b"\x89PNG")
