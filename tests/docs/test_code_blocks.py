@@ -23,6 +23,7 @@ import pytest
 from torch.distributed.run import get_args_parser
 from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.experiments.lighthouse.job_config import check_degrees
+from torchtitan.experiments.lighthouse.model.sizes import CUSTOM, FLAVORS
 from torchtitan.hf_datasets.text_datasets import DATASETS
 
 from helpers.settings import model_args
@@ -210,6 +211,11 @@ def check_settings(arguments: list[str], processes: int | None = None) -> None:
     """The trainer's settings exist, parse, and fit together."""
     settings: JobConfig = ConfigManager().parse_args(arguments)
     assert settings.training.dataset in DATASETS, settings.training.dataset
+    hf_config = getattr(settings.model, "hf_config", "")
+    if hf_config and settings.model.flavor == CUSTOM:
+        # A file of the reader's: whatever is in it.
+        assert not Path(hf_config).exists(), hf_config
+        settings.llama = settings.llama.over(FLAVORS["530m"])
     model_args(settings)  # refuses an invalid geometry
     if processes is not None:
         check_degrees(settings.parallelism, processes)

@@ -1,5 +1,6 @@
 """Settings and model arguments as the trainer sees them."""
 
+import copy
 from pathlib import Path
 
 import torchtitan.experiments.lighthouse.train_spec  # noqa: F401  registers the model
@@ -15,6 +16,6 @@ def parse(config: str, *overrides: str):
 
 
 def model_args(job_config):
-    args = get_train_spec(job_config.model.name).model_args[job_config.model.flavor]
+    args = copy.deepcopy(get_train_spec(job_config.model.name).model_args[job_config.model.flavor])
     args.update_from_config(job_config)
     return args

@@ -70,7 +70,7 @@ def test_parameter_counts(flavor):
 
 def test_530m_is_the_papers():
     args = lighthouse_args["530m"]
-    assert (args.dim, args.n_layers, args.n_heads, args.n_kv_heads) == (1024, 30, 8, None)
+    assert (args.dim, args.n_layers, args.n_heads, args.n_kv_heads) == (1024, 30, 8, 8)
     assert (args.vocab_size, args.rope_theta) == (128256, 10000)
     stage1, dense = parse("530m_stage1.toml"), parse("530m_dense.toml")
     assert build_model(dense).layers["0"].feed_forward.w1.weight.shape == (1536, 1024)

@@ -3,12 +3,14 @@ import re
 import shutil
 import sys
 import tomllib
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from torchtitan.experiments.lighthouse import report, resume_dense
 from torchtitan.experiments.lighthouse.errors import REFUSED, Refused
+from torchtitan.experiments.lighthouse.model.sizes import FLAVORS
 from torchtitan.experiments.lighthouse.runs import contract, fingerprints, launch, next_stage, stages
 from torchtitan.experiments.lighthouse.runs.settings import read_settings
 from torchtitan.experiments.lighthouse.runs.stages import StageBefore
@@ -391,13 +393,19 @@ def test_refuses_another_model_tokenizer_or_dataset(overrides, message, copy, tm
 
 
 def test_refuses_an_architecture_that_changed_under_the_same_name(copy, capsys, monkeypatch):
+    """Of a run that an older version saved: a new one says which sizes it has."""
     from torchtitan.experiments.lighthouse import lighthouse_args
 
+    config = config_of(copy)
+    del config["llama"]
+    save_settings(copy, config)
     monkeypatch.setattr(lighthouse_args["debug"], "n_layers", 7)
     assert "different architecture: layers.6." in refusal(capsys, copy)
     monkeypatch.setattr(lighthouse_args["debug"], "n_layers", 6)
     monkeypatch.setattr(lighthouse_args["debug"], "vocab_size", 384)
     assert re.search(r"output\.weight is \(320, 128\) in .* and \(384, 128\)", refusal(capsys, copy))
+    save_settings(copy, config | {"llama": asdict(FLAVORS["debug"])})
+    resume_dense.main([str(copy), "--dry-run"])
 
 
 def test_another_number_of_processes_may_drop_the_position(copy, capsys):

@@ -72,7 +72,7 @@ def test_types_of_the_file(line, changed, rule, tmp_path, recwarn):
 
 def test_every_number_that_training_reads_has_a_range():
     """But those of parts that are not used here, and those that others check with a rule of their own."""
-    others = ("parallelism.", "quantize.", "fault_tolerance.", "lighthouse.", "profiling.profiler_")
+    others = ("parallelism.", "quantize.", "fault_tolerance.", "lighthouse.", "llama.", "profiling.profiler_")
     numbers = {
         name for name, _, kind, _ in _settings_of(parse("debug.toml"))
         if ("int" in str(kind) or "float" in str(kind)) and "Literal" not in str(kind)

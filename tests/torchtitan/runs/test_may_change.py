@@ -14,6 +14,7 @@ import pytest
 from torchtitan.config.job_config import DataLoader
 from torchtitan.experiments.lighthouse.data.tokenizer import BYTE_TOKENIZER_PATH
 from torchtitan.experiments.lighthouse.errors import DataError, Refused
+from torchtitan.experiments.lighthouse.model.sizes import FLAVORS
 from torchtitan.experiments.lighthouse.runs import contract, fingerprints, manifest, may_change, saving, stages
 from torchtitan.experiments.lighthouse.runs.checkpoints import by_todays_names
 from torchtitan.experiments.lighthouse.runs.may_change import RULES, Rule, rule_of
@@ -50,12 +51,13 @@ def settings_in(here: Path, changed: dict[str, Any]):
     return settings
 
 
-def save(here: Path, changed: dict[str, Any] = NOTHING, ranks: int = 1, prints: bool = True) -> Path:
+def save(here: Path, changed: dict[str, Any] = NOTHING, ranks: int = 1, prints: bool = True, without: str = "") -> Path:
     """As much of a checkpoint of such a run as says what it is of."""
     settings, folder = settings_in(here, changed), here / "run/checkpoint/step-4"
     folder.mkdir(parents=True, exist_ok=True)
     reads = fingerprints.of_run(settings) if prints else {}
     about = saving.about(settings, reads, stages.tokens_per_step(asdict(settings), ranks))
+    about["settings"].pop(without, None)
     manifest.write(folder, {".metadata": manifest.FileRecord(0, "")}, about, step=4, last_of_stage=False)
     return folder
 
@@ -111,6 +113,22 @@ def test_what_makes_it_another_run_is_refused_and_can_be_allowed(changed, said, 
     with pytest.raises(Refused, match=f"^{re.escape(message)}.*: --checkpoint.allow_changed {name}$"):
         resume(here, start | changed)
     assert resume(here, start | changed | {ALLOW: [name]}) == [f"Not as in the checkpoint: {said}"]
+
+
+SIZES = {f"llama.{name}": value for name, value in asdict(FLAVORS["debug"]).items()}
+
+
+@pytest.mark.parametrize("without", ["", "llama"])
+def test_the_sizes_of_the_model_are_compared_as_numbers(without, here):
+    """Also with those of an older version's run, which are its flavor's."""
+    save(here, SIZES, without=without)
+    assert resume(here, SIZES | {"model.hf_config": "/elsewhere"}) == []
+    # All in one: what may change in the next stage, and what may not.
+    changed = SIZES | {"llama.ffn_dim": 256, "llama.rope_theta": 500000.0}
+    with pytest.raises(Refused, match=r"^llama\.ffn_dim 384 → 256; llama\.rope_theta 10000\.0 → 500000\.0: "):
+        resume(here, changed)
+    assert rule_of("llama.ffn_dim") in may_change.IN_NEXT_STAGE
+    assert rule_of("llama.rope_theta") not in may_change.IN_NEXT_STAGE
 
 
 def test_all_that_differs_is_named_and_allowed_together(here):

@@ -1,4 +1,4 @@
-"""The ``[lighthouse]`` section, and safer defaults for two of upstream's settings.
+"""The ``[lighthouse]`` and ``[llama]`` sections, and safer defaults for two of upstream's settings.
 
 Loaded through ``job.custom_config_module``; torchtitan merges these dataclasses into its own, field by field.
 """
@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from torchtitan.config import job_config as upstream
 from torchtitan.experiments.lighthouse.data.tokenizer import BYTE_TOKENIZER_PATH
+from torchtitan.experiments.lighthouse.model.sizes import CUSTOM, Llama
 
 from lighthouse import LighthouseConfig
 
@@ -151,6 +152,15 @@ class Model(upstream.Model):
     name: str = "lighthouse"
     """Which model to train"""
 
+    flavor: str = CUSTOM
+    """Its sizes: a name, or "custom", for those of hf_config and of the [llama] section alone"""
+
+    hf_config: str = ""
+    """
+    A Llama's config.json in the form of Hugging Face, or the folder that holds one: its sizes, for flavor "custom". The
+    [llama] section may change them. The run keeps them in its own config.json, and the file is not read again
+    """
+
     hf_assets_path: str = BYTE_TOKENIZER_PATH
     """Folder of the tokenizer; by default the byte-level one that ships with Lighthouse"""
 
@@ -204,6 +214,7 @@ class JobConfig:
     job: Job = field(default_factory=Job)
     experimental: Experimental = field(default_factory=Experimental)
     model: Model = field(default_factory=Model)
+    llama: Llama = field(default_factory=Llama)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     training: Training = field(default_factory=Training)
     validation: Validation = field(default_factory=Validation)
@@ -213,6 +224,8 @@ class JobConfig:
 class MergedConfig(upstream.JobConfig):
     """What torchtitan makes of its ``JobConfig`` and this one, for annotations: the real class is made at run time."""
 
+    model: Model
+    llama: Llama
     checkpoint: Checkpoint
     training: Training
     validation: Validation

@@ -49,7 +49,15 @@ def resume(options: argparse.Namespace, overrides: list[str]) -> None:
     """
     from dataclasses import asdict
 
-    from torchtitan.experiments.lighthouse.runs import contract, fingerprints, launch, lock, next_stage, stages
+    from torchtitan.experiments.lighthouse.runs import (
+        contract,
+        fingerprints,
+        launch,
+        lock,
+        next_stage,
+        settings,
+        stages,
+    )
 
     before = stages.find_stage_before(options.before, options.verify)
     folder = options.dump_folder or next_stage.default_folder(before, options.attention, options.seq_len)
@@ -59,7 +67,7 @@ def resume(options: argparse.Namespace, overrides: list[str]) -> None:
     config = next_stage.next_settings(before, folder, options.total_steps, options.attention, options.seq_len, ranks)
     toml = next_stage.as_toml(config)
     changes = [*next_stage.explicit_none(config), *overrides]
-    merged = next_stage.merge(toml, changes)
+    merged = settings.complete(next_stage.merge(toml, changes))
     newest = next_stage.newest_step_in(folder, before, merged)
     next_stage.check_overrides(before, config, merged)
     reads = fingerprints.of_run(merged)

@@ -126,10 +126,10 @@ def _check_type(name: str, value: Any, kind: Any) -> None:
     if any(_is_a(value, one) for one in allowed):
         return
     choices = [choice for one in allowed if get_origin(one) is Literal for choice in get_args(one)]
-    if choices:
+    if choices and int not in allowed:
         raise Refused(f"{name}={value!r}: must be one of {', '.join(map(repr, choices))}")
     words = {bool: "true or false, without quotes", int: "a whole number", float: "a number", str: "a text"}
-    rule = " or ".join(words[one] for one in allowed if one in words)
+    rule = " or ".join([*(words[one] for one in allowed if one in words), *map(repr, choices)])
     raise Refused(f"{name}={value!r}: must be {rule or kind}")
 
 

@@ -31,9 +31,10 @@ from torchtitan.experiments.lighthouse.job_config import MergedConfig, check_deg
 from torchtitan.experiments.lighthouse.loss import Processed, with_labels
 from torchtitan.experiments.lighthouse.metrics import LighthouseMetricsProcessor
 from torchtitan.experiments.lighthouse.model.model import LighthouseTransformer, dense_attention
+from torchtitan.experiments.lighthouse.model.sizes import VOCAB_MULTIPLE, rows_for
 from torchtitan.experiments.lighthouse.runs import contract, fingerprints, lock, saving, stages
 from torchtitan.experiments.lighthouse.runs.records import number_of, stage_of
-from torchtitan.experiments.lighthouse.runs.settings import model_arguments
+from torchtitan.experiments.lighthouse.runs.settings import complete, model_arguments
 from torchtitan.experiments.lighthouse.runs.stopping import Requests
 from torchtitan.experiments.lighthouse.seams import trainer as seam
 from torchtitan.experiments.lighthouse.seams.settings import main
@@ -55,6 +56,7 @@ class LighthouseTrainer(seam.HookedTrainer):
                 "no WORLD_SIZE: start with torchrun --nproc_per_node GPUS -m torchtitan.experiments.lighthouse.train"
             )
         world_size = int(os.environ["WORLD_SIZE"])
+        complete(self.job_config)
         with as_refusal():
             check_degrees(self.job_config.parallelism, world_size)
             contract.check_context(self.job_config)
@@ -214,7 +216,8 @@ def check_tokenizer(config: MergedConfig) -> None:
     if tokens > rows:
         raise Refused(
             f"model.hf_assets_path={folder!r}: its tokenizer has {tokens:,} tokens, but the model, "
-            f"{config.model.flavor!r}, has rows for {rows:,} only; nearest valid value: a model with {tokens:,} rows"
+            f"{config.model.flavor!r}, has rows for {rows:,} only; nearest valid value: llama.vocab_size={tokens} (or "
+            f"{rows_for(tokens)}, a multiple of {VOCAB_MULTIPLE}: llama.vocab_size='tokenizer')"
         )
 
 

@@ -1,12 +1,22 @@
-"""Llama 3 arguments plus the layers that run Lighthouse."""
+"""Llama 3 arguments from the [llama] section, plus the layers that run Lighthouse."""
 
-from dataclasses import dataclass
-from typing import Any
+from __future__ import annotations
 
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
 from torch import nn
 from torchtitan.config import JobConfig
+from torchtitan.experiments.lighthouse.data.tokenizer import build_tokenizer
+from torchtitan.experiments.lighthouse.errors import Refused
 from torchtitan.experiments.lighthouse.job_config import parse_layers
+from torchtitan.experiments.lighthouse.model.hf_config import read_hf_config
+from torchtitan.experiments.lighthouse.model.sizes import CUSTOM, Llama
 from torchtitan.models.llama3 import TransformerModelArgs
+from torchtitan.models.llama3.model.args import RoPEScalingArgs
+from torchtitan.models.llama3.model.model import FeedForward
 from torchtitan.models.utils import get_dense_model_nparams_and_flops
 from torchtitan.tools.utils import device_type
 
@@ -53,13 +63,88 @@ class LighthouseModelArgs(TransformerModelArgs):
     dense_every: int = 0
     """Every so many training steps, one is dense in all layers, if the trainer says so; 0: none"""
 
-    def update_from_config(self, job_config: JobConfig, **kwargs: Any) -> None:
-        """Take the sequence length and the [lighthouse] section, refusing what cannot run before anything is built.
+    @property
+    def sizes(self) -> Llama:
+        """As the [llama] section has them."""
+        scaling = self.rope_scaling_args
+        with torch.device("meta"):  # Upstream's layer knows what comes of dim, multiplier and multiple.
+            feed_forward = FeedForward(self.dim, 4 * self.dim, self.multiple_of, self.ffn_dim_multiplier)
+        return Llama(
+            dim=self.dim,
+            n_layers=self.n_layers,
+            n_heads=self.n_heads,
+            n_kv_heads=self.n_kv_heads or self.n_heads,
+            ffn_dim=feed_forward.w1.out_features,
+            vocab_size=self.vocab_size,
+            norm_eps=self.norm_eps,
+            rope_theta=self.rope_theta,
+            rope_factor=scaling.scaling_factor,
+            rope_low_freq_factor=scaling.low_freq_factor,
+            rope_high_freq_factor=scaling.high_freq_factor,
+            rope_original_max_position_embeddings=scaling.original_max_position_embeddings,
+        )
+
+    @sizes.setter
+    def sizes(self, sizes: Llama) -> None:
+        """All of them; none may be missing."""
+        known: dict[str, Any] = asdict(sizes)
+        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "norm_eps", "rope_theta"):
+            setattr(self, name, known[name])
+        self.rope_scaling_args = RoPEScalingArgs(
+            scaling_factor=known["rope_factor"],
+            low_freq_factor=known["rope_low_freq_factor"],
+            high_freq_factor=known["rope_high_freq_factor"],
+            original_max_position_embeddings=known["rope_original_max_position_embeddings"],
+        )
+        # Upstream takes a multiple of this at or above this share of 8/3 of dim: exactly one. (Half a column more, so
+        # that rounding cannot make it a column less.)
+        self.multiple_of = known["ffn_dim"]
+        self.ffn_dim_multiplier = (known["ffn_dim"] + 0.5) / int(8 * self.dim / 3)
+
+    @classmethod
+    def of(cls, sizes: Llama) -> LighthouseModelArgs:
+        args = cls()
+        args.sizes = sizes
+        return args
+
+    def take_sizes(self, job_config: JobConfig) -> None:
+        """Those of the [llama] section; where it does not say, of ``model.hf_config``, or else these.
 
         Raises:
-            ValueError: for a missing section, an invalid geometry, a layer outside the model, a backend that is not
-                available, a sequence that context parallelism cannot split, or tensor parallelism that splits a head.
+            Refused: for sizes that no model can have, a file that cannot be read or is of another model, or a flavor
+                beside that file.
         """
+        section, model = getattr(job_config, "llama", None) or Llama(), job_config.model
+        path = getattr(model, "hf_config", "")
+        base = Llama()
+        if not section.is_complete:
+            if path and model.flavor != CUSTOM:
+                raise Refused(
+                    f"model.flavor={model.flavor!r} with model.hf_config={path!r}: both are a model; nearest valid "
+                    f"value: model.flavor={CUSTOM!r}"
+                )
+            if path:
+                base = read_hf_config(Path(path))
+            elif model.flavor != CUSTOM:
+                base = self.sizes
+
+        def tokens() -> int:
+            try:
+                return build_tokenizer(job_config).get_vocab_size()
+            except FileNotFoundError as error:
+                raise Refused(f"model.hf_assets_path={model.hf_assets_path!r}: {error}") from error
+
+        self.sizes = section.over(base).completed(tokens)
+
+    def update_from_config(self, job_config: JobConfig, **kwargs: Any) -> None:
+        """Take the sizes, the sequence length and [lighthouse], refusing what cannot run before anything is built.
+
+        Raises:
+            ValueError: for sizes that no model can have, a missing section, an invalid geometry, a layer outside the
+                model, a backend that is not available, a sequence that context parallelism cannot split, or tensor
+                parallelism that splits a head.
+        """
+        self.take_sizes(job_config)
         super().update_from_config(job_config, **kwargs)
         section = getattr(job_config, "lighthouse", None)
         if section is None:
@@ -84,7 +169,7 @@ class LighthouseModelArgs(TransformerModelArgs):
                 f"context_parallel_degree={parallelism.context_parallel_degree}: Lighthouse runs under one of the two; "
                 "nearest valid value of either: 1"
             )
-        kv_heads = self.n_kv_heads or self.n_heads
+        kv_heads = cast(int, self.n_kv_heads)
         if kv_heads % parallelism.tensor_parallel_degree:
             valid = [d for d in range(1, kv_heads + 1) if kv_heads % d == 0]
             raise ValueError(

@@ -28,7 +28,7 @@ from torchtitan.experiments.lighthouse.runs.checkpoints import (
     saved_with,
 )
 from torchtitan.experiments.lighthouse.runs.may_change import Change
-from torchtitan.experiments.lighthouse.runs.settings import build_model, model_arguments
+from torchtitan.experiments.lighthouse.runs.settings import build_model, model_arguments, sizes_of_flavor
 from torchtitan.experiments.lighthouse.runs.stages import (
     StageBefore,
     attention_of,
@@ -140,6 +140,10 @@ def _changes(
         reads: those of now.
     """
     now = asdict(settings)
+    if "llama" not in saved:  # by an older version
+        flavor = saved.get("model", {}).get("flavor", "")
+        sizes = sizes_of_flavor(settings.model.name, flavor)
+        saved = saved | {"llama": now["llama"] if sizes is None else asdict(sizes)}
     found = may_change.changes(saved, now, asdict(type(settings)()))
     names = {change.setting for change in found}
     if "lighthouse.layers" in names and _layers(saved, settings) == _layers(now, settings):

@@ -56,6 +56,7 @@ RULES = {
     "training.gc_debug": Rule.FREE,
     "model.print_after_conversion": Rule.FREE,
     "model.tokenizer_path": Rule.FREE,  # upstream's old name: it has been copied to hf_assets_path
+    "model.hf_config": Rule.FREE,  # The sizes that it gave are in [llama].
     "optimizer.implementation": Rule.FREE,
     "lighthouse.backend": Rule.FREE,
     "lighthouse.stage": Rule.FREE,  # These two say where a run comes from. ``resume_dense`` sets them.
@@ -69,6 +70,11 @@ RULES = {
     "training.mixed_precision_reduce": Rule.TOLD,
     # What a stage is.
     "lighthouse": Rule.STAGE,
+    "llama.rope_theta": Rule.STAGE,  # The rotary embedding goes with the context, and has no weights.
+    "llama.rope_factor": Rule.STAGE,
+    "llama.rope_low_freq_factor": Rule.STAGE,
+    "llama.rope_high_freq_factor": Rule.STAGE,
+    "llama.rope_original_max_position_embeddings": Rule.STAGE,
     "training.seq_len": Rule.STAGE,
     "training.global_batch_size": Rule.STAGE,  # as tokens per step; the next stage has as many too (``runs.contract``)
     "training.dtype": Rule.STAGE,  # of the weights
@@ -77,6 +83,7 @@ RULES = {
     "debug.seed": Rule.STAGE,
     # What a chain of stages is.
     "model": Rule.CHAIN,
+    "llama": Rule.CHAIN,
     "training.dataset": Rule.CHAIN,
     "training.dataset_path": Rule.CONTENT,
     "model.hf_assets_path": Rule.CONTENT,

@@ -11,11 +11,19 @@ import torch
 import torchtitan.experiments.lighthouse.train_spec  # noqa: F401  registers the model
 from torch.distributed.checkpoint import state_dict_loader
 from torchtitan.config import ConfigManager
+from torchtitan.experiments.lighthouse.errors import as_refusal
 from torchtitan.experiments.lighthouse.job_config import MergedConfig
 from torchtitan.experiments.lighthouse.model.args import LighthouseModelArgs
 from torchtitan.experiments.lighthouse.model.model import LighthouseTransformer
-from torchtitan.experiments.lighthouse.runs.checkpoints import config_file_of, read_config, read_metadata
+from torchtitan.experiments.lighthouse.model.sizes import Llama
+from torchtitan.experiments.lighthouse.runs.checkpoints import (
+    CONFIG_FILE,
+    config_file_of,
+    read_config,
+    read_metadata,
+)
 from torchtitan.experiments.lighthouse.seams.unpickle import AllowListPlanner, AllowListReader
+from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.utils import device_type
 
@@ -25,22 +33,56 @@ def read_settings(checkpoint: Path) -> MergedConfig:
     saved = read_config(config_file_of(checkpoint))
     parsed = ConfigManager().parse_args(["--job.custom_config_module", saved["job"]["custom_config_module"]])
     settings = cast(MergedConfig, parsed)  # by that module
-    for section in ("model", "lighthouse", "training"):
+    for section in ("model", "llama", "lighthouse", "training"):
         before = getattr(settings, section)
         # A run may have been saved by another version: what it does not know keeps its default.
         names = [field.name for field in fields(before) if not is_dataclass(getattr(before, field.name))]
-        known = {name: saved[section][name] for name in names if name in saved[section]}
+        known = {name: saved[section][name] for name in names if name in saved.get(section, {})}
         setattr(settings, section, replace(before, **known))
     return settings
 
 
+def complete(settings: MergedConfig) -> MergedConfig:
+    """The same settings, in place, with every size of the model in [llama], so that they need nothing else.
+
+    Raises:
+        Refused: for sizes that no model can have.
+    """
+    kept = Path(settings.job.dump_folder) / CONFIG_FILE
+    if settings.model.hf_config and not Path(settings.model.hf_config).exists() and kept.is_file():
+        saved = read_config(kept)
+        if saved.get("model", {}).get("hf_config") == settings.model.hf_config:
+            # The file has gone since the run was started. What it said has been kept.
+            known = {name: value for name, value in saved.get("llama", {}).items() if name in vars(settings.llama)}
+            settings.llama = settings.llama.over(Llama(**known))
+    with as_refusal():
+        args = _of_flavor(settings)
+        if isinstance(args, LighthouseModelArgs):
+            args.take_sizes(settings)
+            settings.llama = args.sizes
+    return settings
+
+
+def sizes_of_flavor(name: str, flavor: str) -> Llama | None:
+    """Of a flavor as it is now, for runs of older versions, whose settings have no [llama] section."""
+    try:
+        args = get_train_spec(name).model_args[flavor]
+    except (ValueError, KeyError):
+        return None
+    return args.sizes if isinstance(args, LighthouseModelArgs) else None
+
+
+def _of_flavor(settings: MergedConfig) -> BaseModelArgs:
+    return copy.deepcopy(get_train_spec(settings.model.name).model_args[settings.model.flavor])
+
+
 def model_arguments(settings: MergedConfig) -> LighthouseModelArgs:
-    """Those of the flavor, at the settings' context and with their [lighthouse] section.
+    """Those of the flavor and the [llama] section, at the settings' context and with their [lighthouse] section.
 
     Raises:
         ValueError: for settings that no model can be built from.
     """
-    args = copy.deepcopy(get_train_spec(settings.model.name).model_args[settings.model.flavor])
+    args = _of_flavor(settings)
     args.update_from_config(settings)
     return cast(LighthouseModelArgs, args)  # settings with a [lighthouse] section are those of this model
 
