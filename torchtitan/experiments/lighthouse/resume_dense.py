@@ -60,6 +60,7 @@ def resume(options: argparse.Namespace, overrides: list[str]) -> None:
     )
 
     before = stages.find_stage_before(options.before, options.verify)
+    settings.import_modules(before.config, str(before.checkpoint))
     folder = options.dump_folder or next_stage.default_folder(before, options.attention, options.seq_len)
     torchrun = options.torchrun or launch.one_node(before.world_size)
     processes = launch.read_torchrun(torchrun)

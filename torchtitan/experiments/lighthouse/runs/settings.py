@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import fields, is_dataclass, replace
+import importlib
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torchtitan.experiments.lighthouse.train_spec  # noqa: F401  registers the model
 from torch.distributed.checkpoint import state_dict_loader
 from torchtitan.config import ConfigManager
-from torchtitan.experiments.lighthouse.errors import as_refusal
+from torchtitan.experiments.lighthouse.errors import Refused, as_refusal
 from torchtitan.experiments.lighthouse.job_config import MergedConfig
 from torchtitan.experiments.lighthouse.model.args import LighthouseModelArgs
 from torchtitan.experiments.lighthouse.model.model import LighthouseTransformer
@@ -29,8 +33,14 @@ from torchtitan.tools.utils import device_type
 
 
 def read_settings(checkpoint: Path) -> MergedConfig:
-    """The settings of the run that saved ``checkpoint``: its model, tokenizer, data and [lighthouse] sections."""
-    saved = read_config(config_file_of(checkpoint))
+    """The settings of the run that saved ``checkpoint``: its model, tokenizer, data and [lighthouse] sections.
+
+    Raises:
+        Refused: where a module that they name cannot be imported.
+    """
+    file = config_file_of(checkpoint)
+    saved = read_config(file)
+    import_modules(saved, str(file))
     parsed = ConfigManager().parse_args(["--job.custom_config_module", saved["job"]["custom_config_module"]])
     settings = cast(MergedConfig, parsed)  # by that module
     for section in ("model", "llama", "lighthouse", "training"):
@@ -42,12 +52,38 @@ def read_settings(checkpoint: Path) -> MergedConfig:
     return settings
 
 
+def import_modules(config: Mapping[str, Any], where: str) -> None:
+    """Import what a run's settings name, as the trainer did: also from the current folder.
+
+    Args:
+        where: the settings are, in words.
+
+    Raises:
+        Refused: naming the module that cannot be imported.
+    """
+    # ``python -m``, which starts the trainer, looks there first; ``python scripts/X.py`` does not look there.
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.append(os.getcwd())
+    for section, name in (("job", "custom_config_module"), ("experimental", "custom_import")):
+        module = config.get(section, {}).get(name)
+        if not module:
+            continue
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # of many kinds: it is anybody's module
+            raise Refused(
+                f"{section}.{name}={module!r} in {where} cannot be imported ({type(error).__name__}: {error}); start "
+                "where the run was started, or put the folder that holds it on PYTHONPATH"
+            ) from error
+
+
 def complete(settings: MergedConfig) -> MergedConfig:
     """The same settings, in place, with every size of the model in [llama], so that they need nothing else.
 
     Raises:
-        Refused: for sizes that no model can have.
+        Refused: for sizes that no model can have, or a module that cannot be imported.
     """
+    import_modules(asdict(settings), "the settings")
     kept = Path(settings.job.dump_folder) / CONFIG_FILE
     if settings.model.hf_config and not Path(settings.model.hf_config).exists() and kept.is_file():
         saved = read_config(kept)
