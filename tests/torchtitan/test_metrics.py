@@ -3,6 +3,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import shutil
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.experiments.lighthouse import resume_dense
 from torchtitan.experiments.lighthouse.data.tokenizer import build_tokenizer
 from torchtitan.experiments.lighthouse.metrics import (
     JsonlLogger,
@@ -23,7 +25,7 @@ from torchtitan.experiments.lighthouse.seams.metrics import step_line
 from torchtitan.experiments.lighthouse.validate import Counted
 from torchtitan.tools.utils import Color, NoColor
 
-from helpers.launch import train
+from helpers.launch import losses, train
 from helpers.settings import parse
 
 
@@ -167,14 +169,30 @@ def test_an_interrupted_wandb_run_goes_on_offline(tmp_path, monkeypatch):
     assert len(runs) == 2 and {name.rsplit("-", 1)[1] for name in runs} == {(tmp_path / "wandb_id").read_text()}
 
 
-def test_one_line_per_step_says_how_far_the_run_has_come(tmp_path):
-    """Of a real run, into a pipe: the beginning is ours, the figures are upstream's, and there are no colour codes."""
+def test_a_run_says_what_it_is_how_far_it_has_come_and_what_comes_next(tmp_path, capsys):
+    """Of a real run, into a pipe: the figures of a step are upstream's, and there are no colour codes."""
     output = train(tmp_path, training__steps="3").stdout
-    lines = [line.partition(" - INFO - ")[2] for line in output.splitlines() if "grad_norm:" in line]
-    beginnings = [re.match(r"Stage 1, step \d of 3, (.*?)  loss: .* memory: .* tps: \d", line)[1] for line in lines]
-    assert len(lines) == 3 and "step:" not in output and "\x1b" not in output
+    lines = [line[len("2026-01-31 12:00:00 ") :] for line in output.splitlines()]
+    steps = [number for number, line in enumerate(lines) if "grad_norm:" in line]
+    beginnings = [re.match(r"Stage 1, step \d of 3, (.*?)  loss: .* memory: .* tps: \d", lines[n])[1] for n in steps]
+    assert len(steps) == 3 and "step:" not in output and "\x1b" not in output and "titan]" not in output
     assert beginnings[0] == "time left not known yet" and re.fullmatch(r"\d+ s left", beginnings[1])
     assert beginnings[2] == "finished"
+    start = [line for line in lines[: steps[0]] if not line.startswith("WARNING")]
+    kinds = ["Lighthouse", "Model", "Attention", "Data", "Parallelism", "Step", "Schedule", "Writes to", "Stage 1"]
+    assert [re.match(r"[A-Z][a-z]+( to| 1)?", line)[0] for line in start] == kinds
+    assert "1,361,536 parameters" in start[1] and "1,024 tokens: 1,024 a sequence" in start[5]
+    # Between the steps nothing, and one line for what was saved.
+    assert steps == list(range(steps[0], steps[0] + 3))
+    saved, complete, checkpoint, following = lines[steps[-1] + 1 :]
+    assert saved.startswith(f"Saved {tmp_path}/checkpoint/step-3: ")
+    assert complete.startswith("Stage 1 is complete: 3 of 3 steps; 3,072 tokens; ")
+    assert f"; loss {losses(tmp_path)[3]:.4f}" in complete and checkpoint == f"Checkpoint: {tmp_path}/checkpoint/step-3"
+    # The command that it names is one that works.
+    words = shlex.split(following.partition("): ")[2])
+    assert words[1:3] == ["-m", resume_dense.__name__]
+    resume_dense.main([*words[3:], "--dry-run"])
+    assert f"Stage 2 from {tmp_path}/checkpoint/step-3 (step 3) to step 20, dense" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("color", [Color(), NoColor()])

@@ -10,8 +10,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from torchtitan.experiments.lighthouse import sampling
+from torchtitan.experiments.lighthouse.data.tokenizer import build_tokenizer
 from torchtitan.experiments.lighthouse.errors import Refused
 from torchtitan.experiments.lighthouse.runs import lock
+from torchtitan.experiments.lighthouse.runs.settings import load_model, read_settings
 
 from helpers.launch import (
     assert_same_position,
@@ -111,7 +115,22 @@ def test_fsdp_trains_validates_and_resumes(tmp_path):
         "validation__local_batch_size": "1", "validation__steps": "2", "validation__freq": "2",
     }  # fmt: skip
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train(whole, 2, training__steps="4", **settings)
+    # Samples of text change nothing.
+    samples = {"metrics__sample_freq": "3", "metrics__sample_prompt": "import "}
+    printed = train(whole, 2, training__steps="4", checkpoint__interval="3", **samples, **settings).stdout
+    # By one of the ranks; step 1 is validated too.
+    assert [printed.count(f"Stage 1, step {step} of 4, ") for step in (1, 2, 3, 4)] == [2, 2, 2, 2]
+    (sample,) = (r for r in map(json.loads, (whole / "metrics.jsonl").read_text().splitlines()) if "sample" in r)
+    step_3 = whole / "checkpoint/step-3"
+    tokenizer, model = (
+        build_tokenizer(read_settings(step_3)),
+        load_model(step_3, read_settings(step_3), dense=True, device="cpu"),
+    )
+    prompt = [tokenizer.bos_id, *b"import "]
+    assert sample["step"] == 3 and len(sample["sample"]) > 9
+    assert sample["sample"] == sampling.write(model, tokenizer, prompt, torch.device("cpu"))
+    assert f"Stage 1, step 3 of 4, sample: {'import ' + sample['sample']!r}\n" in printed
+    assert printed.count("Stage 1 is complete") == printed.count("bits per byte (") + 1 == 1
     train(parts, 2, training__steps="2", **settings)
     train(parts, 2, training__steps="4", **settings)
     assert losses(whole) == losses(parts) and len(losses(whole)) == 4

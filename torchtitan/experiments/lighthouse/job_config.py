@@ -166,6 +166,19 @@ class Model(upstream.Model):
 
 
 @dataclass
+class Metrics(upstream.Metrics):
+    sample_freq: int = 0
+    """
+    Every so many steps the model continues a prompt, each time with the likeliest token, with dense attention in all
+    layers; the text goes to the console and to metrics.jsonl. 0: never. Not with context, tensor or pipeline
+    parallelism
+    """
+
+    sample_prompt: str = "The "
+    """What it continues, at the beginning of a document"""
+
+
+@dataclass
 class Checkpoint(upstream.Checkpoint):
     last_save_model_only: bool = False
     """Stage 2 needs the last checkpoint whole; upstream's default would drop the optimizer from it"""
@@ -215,6 +228,7 @@ class JobConfig:
     experimental: Experimental = field(default_factory=Experimental)
     model: Model = field(default_factory=Model)
     llama: Llama = field(default_factory=Llama)
+    metrics: Metrics = field(default_factory=Metrics)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     training: Training = field(default_factory=Training)
     validation: Validation = field(default_factory=Validation)
@@ -226,6 +240,7 @@ class MergedConfig(upstream.JobConfig):
 
     model: Model
     llama: Llama
+    metrics: Metrics
     checkpoint: Checkpoint
     training: Training
     validation: Validation

@@ -20,6 +20,7 @@ from torchtitan.experiments.lighthouse.runs.checkpoints import first_stage_of, w
 from torchtitan.experiments.lighthouse.runs.records import METRICS_FILE, name_of, number_of, read_metrics, stage_of
 from torchtitan.experiments.lighthouse.seams.metrics import logs_here, print_colours_to_terminals_only, step_line
 from torchtitan.protocols.model import BaseModelArgs
+from torchtitan.tools.logging import logger
 
 WANDB_ID_FILE = "wandb_id"
 
@@ -54,8 +55,8 @@ class JsonlLogger(BaseLogger):
     A line holds step, stage, loss, lr, grad_norm, tokens_seen (all ranks), tokens_per_second (per device),
     mfu_percent, memory_gib (peak reserved since the last line), memory_active_gib, time (Unix seconds) and
     wall_clock_s (seconds this run has been up, over all its starts). Validation writes lines of its own, with
-    validation_loss (nats per token) and bits_per_byte. After a crash the steps since the last checkpoint are logged
-    again: ``read_metrics`` keeps the later line.
+    validation_loss (nats per token) and bits_per_byte. Samples of text do too, with prompt and sample. After a crash
+    the steps since the last checkpoint are logged again: ``read_metrics`` keeps the later line.
 
     Where ``lighthouse.dense_every`` is set, a line also says whether this step, whose loss it holds, was ``dense``, and
     how many ``dense_steps`` there were since the last line: tokens_per_second is that of all steps since then, and
@@ -74,9 +75,11 @@ class JsonlLogger(BaseLogger):
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
         fields = _VALIDATION_FIELDS if "validation_metrics/loss" in metrics else _TRAIN_FIELDS
-        record = {"step": step, "stage": self._stage}
-        record |= {name: metrics[key] for key, name in fields.items() if key in metrics}
+        self.write({name: metrics[key] for key, name in fields.items() if key in metrics}, step)
+
+    def write(self, fields: dict[str, Any], step: int) -> None:
         now = time.time()
+        record = {"step": step, "stage": self._stage} | fields
         record |= {"time": round(now, 3), "wall_clock_s": round(now - self._started, 3)}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
@@ -156,9 +159,10 @@ def in_words(seconds: float) -> str:
 class LighthouseMetricsProcessor(MetricsProcessor):
     #: Of the text of the validation that goes on; the validator sets it, and all ranks ask together.
     bytes_per_token: Callable[[], float] | None = None
+    _logs = True
 
     def __init__(self, job_config: MergedConfig, parallel_dims: ParallelDims, tag: str | None = None) -> None:
-        logs = logs_here(parallel_dims, job_config)
+        logs = self._logs = logs_here(parallel_dims, job_config)
         if logs and job_config.metrics.enable_wandb:
             for name, value in wandb_environment(job_config).items():
                 os.environ.setdefault(name, value)
@@ -173,7 +177,8 @@ class LighthouseMetricsProcessor(MetricsProcessor):
             loggers = LoggerContainer()
             loggers.add_logger(self.logger)
             path = Path(job_config.job.dump_folder) / METRICS_FILE
-            loggers.add_logger(JsonlLogger(path, stage_of(job_config)))
+            self._jsonl = JsonlLogger(path, stage_of(job_config))
+            loggers.add_logger(self._jsonl)
             self.logger = loggers
 
     def log(
@@ -191,7 +196,7 @@ class LighthouseMetricsProcessor(MetricsProcessor):
         section = cast(MergedConfig, self.job_config).lighthouse
         if section.enable and section.dense_every:
             extra_metrics |= {"dense": section.is_dense_step(step), "dense_steps": self.dense_steps}
-        with step_line(self._progress.after(step, time.monotonic())):
+        with step_line(self._progress.after(step, time.monotonic()), self._logs):
             super().log(step, global_avg_loss, global_max_loss, grad_norm, extra_metrics)
         self.dense_steps = 0
 
@@ -203,9 +208,16 @@ class LighthouseMetricsProcessor(MetricsProcessor):
             bits = loss / math.log(2) / self.bytes_per_token()
             extra_metrics["validation_metrics/bits_per_byte"] = bits
             beginning += f", {bits:.4f} bits per byte"
-        with step_line(beginning):
+        with step_line(beginning, self._logs):
             super().log_validation(loss, step, extra_metrics)
         self.dense_steps = 0  # the next line's rate begins here
+
+    def log_sample(self, prompt: str, text: str, step: int, seconds: float) -> None:
+        """On the rank that logs; the rate of the steps leaves out the ``seconds`` that the sample took."""
+        self.time_last_log += seconds
+        if self._logs:
+            logger.info(f"{self._progress.at(step)}, sample: {prompt + text!r}", extra={"here": True})
+            self._jsonl.write({"prompt": prompt, "sample": text}, step)
 
     @property
     def _stage(self) -> dict[str, int]:

@@ -48,6 +48,7 @@ SHARE = Range(0, 1)
 #: Every number that has a limit. A setting that may also be None is not checked when it is.
 RANGES = {
     "metrics.log_freq": COUNT,
+    "metrics.sample_freq": NOT_NEGATIVE,
     "profiling.profile_freq": COUNT,
     "optimizer.lr": POSITIVE,
     "optimizer.beta1": Range(0, 0.9999),

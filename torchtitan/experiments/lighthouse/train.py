@@ -23,6 +23,8 @@ import torch
 import torchtitan.experiments.lighthouse.train_spec  # noqa: F401  registers the model
 from torch import Tensor
 from torchtitan.components.checkpoint import CheckpointManager
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
+from torchtitan.experiments.lighthouse import console, sampling
 from torchtitan.experiments.lighthouse.data.stream_loader import StreamLoader
 from torchtitan.experiments.lighthouse.data.text_datasets import check_data
 from torchtitan.experiments.lighthouse.data.tokenizer import build_tokenizer
@@ -30,15 +32,17 @@ from torchtitan.experiments.lighthouse.errors import Refused, as_refusal
 from torchtitan.experiments.lighthouse.job_config import MergedConfig, check_degrees
 from torchtitan.experiments.lighthouse.loss import Processed, with_labels
 from torchtitan.experiments.lighthouse.metrics import LighthouseMetricsProcessor
+from torchtitan.experiments.lighthouse.model.args import LighthouseModelArgs
 from torchtitan.experiments.lighthouse.model.model import LighthouseTransformer, dense_attention
 from torchtitan.experiments.lighthouse.model.sizes import VOCAB_MULTIPLE, rows_for
 from torchtitan.experiments.lighthouse.runs import contract, fingerprints, lock, saving, stages
-from torchtitan.experiments.lighthouse.runs.records import number_of, stage_of
+from torchtitan.experiments.lighthouse.runs.records import METRICS_FILE, name_of, number_of, read_metrics, stage_of
 from torchtitan.experiments.lighthouse.runs.settings import complete, model_arguments
 from torchtitan.experiments.lighthouse.runs.stopping import Requests
 from torchtitan.experiments.lighthouse.seams import trainer as seam
 from torchtitan.experiments.lighthouse.seams.settings import main
 from torchtitan.tools.logging import logger
+from torchtitan.tools.utils import device_type
 
 
 class LighthouseTrainer(seam.HookedTrainer):
@@ -57,10 +61,12 @@ class LighthouseTrainer(seam.HookedTrainer):
             )
         world_size = int(os.environ["WORLD_SIZE"])
         complete(self.job_config)
+        logger.info(console.first_line(self.job_config, world_size, device_name()))
         with as_refusal():
             check_degrees(self.job_config.parallelism, world_size)
             contract.check_context(self.job_config)
         check_tokenizer(self.job_config)
+        sampling.check(self.job_config, build_tokenizer(self.job_config))
         check_data(self.job_config)
         if os.environ.get("RANK") == "0":
             lock.hold(Path(self.job_config.job.dump_folder))
@@ -100,7 +106,8 @@ class LighthouseTrainer(seam.HookedTrainer):
         return dense_attention(self.model_parts)
 
     def end_step(self) -> None:
-        """Save where a number of minutes has passed; save and stop where some rank was asked to."""
+        """Write a sample if one is due. Save where minutes have passed; save and stop where some rank was asked to."""
+        self._sample()
         minutes = self.job_config.checkpoint.interval_minutes
         late = bool(minutes) and time.monotonic() - self._saved_at > 60 * minutes
         stop, save = self._requests.exchange(save=late)
@@ -108,6 +115,20 @@ class LighthouseTrainer(seam.HookedTrainer):
             logger.info(f"Asked to stop: step {self.step} is the last one for now. The same command goes on from here.")
             type(self).stopped_early = True
         cast(saving.SoundCheckpoints, self.checkpointer).due = save or self.stopped_early
+
+    def _sample(self) -> None:
+        section = self.job_config.metrics
+        if not section.sample_freq or self.step % section.sample_freq:
+            return
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()  # What is under way is the step's.
+        begin, tokenizer = time.perf_counter(), cast(HuggingFaceTokenizer, self.tokenizer)
+        with self.maybe_enable_amp:
+            prompt = sampling.encode(self.job_config, tokenizer)
+            text = sampling.write(self.model_parts[0], tokenizer, prompt, self.device)
+        seconds = time.perf_counter() - begin
+        processor = cast(LighthouseMetricsProcessor, self.metrics_processor)
+        processor.log_sample(section.sample_prompt, text, self.step, seconds)
 
     def post_dataloading_process(self, *args: Any) -> Processed:
         return with_labels(super().post_dataloading_process(*args), self.parallel_dims)
@@ -168,8 +189,12 @@ class LighthouseTrainer(seam.HookedTrainer):
 
     def log_start(self) -> None:
         stage, config = stage_of(self.job_config), self.job_config
-        self._log_layers()
+        parameters = sum(p.numel() for part in self.model_parts for p in part.parameters())
+        model = cast(LighthouseModelArgs, self.model_args)
+        for line in console.start_lines(config, model, parameters, self.parallel_dims):
+            logger.info(line)
         if self.step == 0:
+            logger.info(f"{name_of(stage).capitalize()} starts from new weights")
             return
         logger.info(f"Resuming after step {self.step}")
         rate = self.lr_schedulers.schedulers[0].get_last_lr()[0]
@@ -184,22 +209,22 @@ class LighthouseTrainer(seam.HookedTrainer):
         if origin := config.lighthouse.stage1_checkpoint:
             logger.info(f"Stage {number_of(stage) - 1} checkpoint: {origin}")
 
-    def _log_layers(self) -> None:
-        config, n_layers = self.job_config, self.model_args.n_layers
-        if not config.lighthouse.enable:
-            logger.info(f"dense in all {n_layers} layers")
+    def log_end(self) -> None:
+        if self.step < self.job_config.training.steps:
             return
-        geometry, seq_len = self.model_args.lighthouse, config.training.seq_len
-        logger.info(
-            f"Lighthouse in {len(self.model_args.lighthouse_layers)} of {n_layers} layers "
-            f"({config.lighthouse.layers}), {geometry.selected_length(seq_len):,} of {seq_len:,} rows per sequence: "
-            f"{geometry}"
-        )
-        if every := config.lighthouse.dense_every:
-            logger.info(f"dense in all layers every {every} steps")
+        tokens = seam.tokens_seen_by_all(self)
+        path = Path(self.job_config.job.dump_folder) / METRICS_FILE
+        if os.environ["RANK"] == "0":
+            for line in console.completion_lines(self.job_config, read_metrics(path) if path.exists() else [], tokens):
+                logger.info(line)
 
     def _checkpoint_folder(self) -> str:
         return os.path.join(self.job_config.job.dump_folder, self.job_config.checkpoint.folder)
+
+
+def device_name() -> str:
+    """Of this process's accelerator; ``CPU`` without one."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else device_type.upper()
 
 
 def check_tokenizer(config: MergedConfig) -> None:

@@ -32,7 +32,6 @@ from torchtitan.experiments.lighthouse.errors import DataError, Refused
 from torchtitan.experiments.lighthouse.seams.dataset import ResumableTextDataset
 from torchtitan.hf_datasets import DatasetConfig
 from torchtitan.hf_datasets.text_datasets import DATASETS
-from torchtitan.tools.logging import logger
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 C4_SHARDS = {"train": 1024, "validation": 8}
@@ -100,8 +99,6 @@ def build_dataloader(
     if registered is None or not isinstance(registered.loader, TextFiles):
         return by_rank()  # Upstream refuses unknown names, and lists the others.
     path = section.dataset_path or registered.path
-    logger.info(f"Preparing {section.dataset} dataset from {path}")
-
     read, skipping = partial(_texts, registered.sample_processor), _skipping(section)
     return StreamLoader(
         Documents(section.dataset, registered.loader.files(path), read, infinite, skipping),

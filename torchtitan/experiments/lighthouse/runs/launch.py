@@ -26,6 +26,11 @@ def trainer_command(torchrun: str, settings: Sequence[str]) -> list[str]:
     return [*launcher, "-m", f"{PACKAGE}.train", *settings]
 
 
+def command(module: str, *arguments: str) -> list[str]:
+    """One of the package's commands."""
+    return [sys.executable, "-m", f"{PACKAGE}.{module}", *arguments]
+
+
 def resume_dense_command(
     before: Path,
     dump_folder: Path,
@@ -38,9 +43,9 @@ def resume_dense_command(
     Args:
         options: the command's own, where the next stage is not simply dense to the end of the schedule.
     """
-    command = [sys.executable, "-m", f"{PACKAGE}.resume_dense", str(before), "--dump-folder", str(dump_folder)]
-    command += [*(["--torchrun", torchrun] if torchrun else []), *options]
-    return [*command, "--", *overrides] if overrides else command
+    words = command("resume_dense", str(before), "--dump-folder", str(dump_folder))
+    words += [*(["--torchrun", torchrun] if torchrun else []), *options]
+    return [*words, "--", *overrides] if overrides else words
 
 
 @dataclass(frozen=True)

@@ -47,12 +47,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a ``metrics.jsonl`` in step order, the later of a step logged twice; torn lines are skipped.
 
     Training and validation records of one step stay apart: the former have ``loss``, the latter ``validation_loss``.
+    Samples of text are left out.
     """
     records: dict[tuple[int, bool], dict[str, Any]] = {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
-            records[record["step"], "validation_loss" in record] = record
+            if "sample" not in record:
+                records[record["step"], "validation_loss" in record] = record
         except (ValueError, TypeError, KeyError):
             continue
     return [records[key] for key in sorted(records)]

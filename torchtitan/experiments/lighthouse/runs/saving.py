@@ -17,7 +17,9 @@ import platform
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import asdict
 from functools import partial
 from itertools import count
@@ -27,6 +29,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 from torchtitan.components.checkpoint import DATALOADER, AsyncMode
 from torchtitan.experiments.lighthouse.data.stream_loader import StreamLoader
 from torchtitan.experiments.lighthouse.errors import Refused
@@ -180,6 +183,18 @@ class SoundCheckpoints(seam.HookedCheckpoints):
 
         seam.on_first_rank(make_room)
         return folder
+
+    def dcp_save(
+        self, state_dict: dict[str, Any], checkpoint_id: str, async_mode: AsyncMode, *others: Any, **named: Any
+    ) -> Future[Any] | AsyncSaveResponse | None:
+        begin = time.monotonic()
+        future = super().dcp_save(state_dict, checkpoint_id, async_mode, *others, **named)
+        size, seconds = f"{self._needed / 2**30:.2f} GiB", f"{time.monotonic() - begin:.1f} s"
+        if async_mode == AsyncMode.DISABLED:
+            logger.info(f"Saved {checkpoint_id}: {size} in {seconds}")
+        else:
+            logger.info(f"Saving {checkpoint_id} beside the training: {size}, copied in {seconds}")
+        return future
 
     def seal_for(self, checkpoint: Path, last_of_stage: bool) -> seam.Seal:
         return partial(seal, target=checkpoint, about=self.about, last_of_stage=last_of_stage)

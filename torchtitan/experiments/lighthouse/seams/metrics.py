@@ -24,17 +24,21 @@ def logs_here(parallel_dims: ParallelDims, job_config: MergedConfig) -> bool:
 
 
 @contextmanager
-def step_line(beginning: str) -> Iterator[None]:
+def step_line(beginning: str, here: bool = True) -> Iterator[None]:
     """Meanwhile, upstream's line of a step, or of its validation, reads ``beginning`` in place of "step:  5" or
     "validate step:  5"; its figures stay as they are.
 
     Upstream computes the figures, formats the line and logs it in one method, without a hook. Its message is changed
     where it passes the logger: any other way would print a second line, or copy the method. Other messages, and a
     line that begins in another way than 0.2.2's, pass unchanged.
+
+    Args:
+        here: whether this is the rank whose line is for the console (``seams.console``).
     """
 
     def rewrite(record: logging.LogRecord) -> bool:
         record.msg = _STEP.sub(lambda found: found["colour"] + beginning, str(record.msg))
+        record.here = here
         return True
 
     logger.addFilter(rewrite)

@@ -20,6 +20,7 @@ from torchtitan.config import ConfigManager
 from torchtitan.experiments.lighthouse.errors import Refused, as_refusal, exit_on_refusal
 from torchtitan.experiments.lighthouse.job_config import MergedConfig
 from torchtitan.experiments.lighthouse.runs.stopping import STOPPED
+from torchtitan.experiments.lighthouse.seams.console import quiet_logger
 from torchtitan.experiments.lighthouse.seams.trainer import HookedTrainer
 from torchtitan.experiments.lighthouse.settings_rules import check_settings
 
@@ -76,6 +77,7 @@ def main(trainer: type[HookedTrainer]) -> None:
 def _run(trainer: type[HookedTrainer]) -> None:
     as_module: Any = upstream
     as_module.ConfigManager = CheckedConfigManager  # its ``main`` makes one
+    as_module.init_logger = quiet_logger
     try:
         upstream.main(trainer)
     except RuntimeError:

@@ -13,6 +13,7 @@ from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.experiments.lighthouse.job_config import MergedConfig
+from torchtitan.experiments.lighthouse.seams.console import DETAIL
 from torchtitan.experiments.lighthouse.seams.optimizer import apply_settings, settings_of
 from torchtitan.tools.logging import logger
 
@@ -59,6 +60,9 @@ class HookedTrainer(upstream.Trainer):
     def log_start(self) -> None:
         """After ``check_loaded``."""
 
+    def log_end(self) -> None:
+        """After the last step, also where it was done already, with what it saves and validates."""
+
     def around_step(self) -> AbstractContextManager[None]:
         """Entered before the first micro-batch of ``step``, left after its update; validation is outside."""
         return nullcontext()
@@ -82,10 +86,14 @@ class HookedTrainer(upstream.Trainer):
         self.optimizers.register_step_pre_hook(lambda *_: self.check_before_optimizer_step())
         if self.parallel_dims.world_size == 1:
             # Upstream has just added autocast, and said so.
-            logger.info("One device: mixed precision is handled by fully_shard after all, as on several")
+            logger.info("One device: mixed precision is handled by fully_shard after all, as on several", extra=DETAIL)
             self.maybe_enable_amp = nullcontext()
             if job_config.validation.enable:
                 self.validator.maybe_enable_amp = self.maybe_enable_amp
+
+    def train(self) -> None:
+        super().train()
+        self.log_end()
 
     def train_step(self, data_iterator: Iterator[Batch]) -> None:
         with self.around_step():
