@@ -243,7 +243,7 @@ def damage_checkpoints(chain: Chain, draw: Random, *, hows: tuple[str, ...]) -> 
     """The newest ones, each in a way of its own, between two starts. The start names each in a line of its own, sets
     it aside, and takes the one before them all: so it is told apart what became of each."""
     chain.training()
-    chain.wait_for_checkpoints(len(hows) + 1)
+    chain.wait_for_checkpoints(len(hows) + 2)
     chain.kill()
     for folder in chain.checkpoints.glob("saving-*"):
         shutil.rmtree(folder)  # as if the kill had come before that save
