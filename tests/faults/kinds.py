@@ -173,6 +173,8 @@ def stop(chain: Chain, draw: Random, *, by: str) -> Outcome:
     """A request to stop: it saves the step that it is in, and goes on from it."""
     run = chain.training()
     moment(chain, draw)
+    # It stops two steps later, as a rule: where nothing would be saved if it had not been asked.
+    chain.wait_until(lambda: chain.last_logged() % INTERVAL > 0, "a step that is not saved")
     trainers, before = run.trainers(), chain.last_logged()
     rank = draw.choice(sorted(trainers))
     if by == "file":
