@@ -320,7 +320,7 @@ class Chain:
         """At the first save at least two steps after step ``since``."""
         step = min(-(-(since + 2) // INTERVAL) * INTERVAL, self.setup.steps)
         try:
-            self.wait_until((self.checkpoints / f"step-{step}").exists, f"step-{step}")
+            self.wait_until((self.checkpoints / f"step-{step}/manifest.json").exists, f"step-{step}")
         except Finished:
             pass
         except AssertionError as error:

@@ -34,6 +34,7 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from faults.chain import Chain, Outcome, Reference, Setup, unequal_parts, write_corpus
 from faults.elastic import ElasticChain
@@ -131,7 +132,7 @@ class Injector:
         ends: list[Outcome] = []
         try:
             outcomes, ends = chain.hit(fault.inject, Random(f"{self.seed} {fault.ids[0]}"), **fault.arguments)
-        except Exception:
+        except (Exception, CheckpointException):  # torch's is no Exception
             outcomes = [Outcome("the injection failed", problems=[traceback.format_exc()])] * len(fault.ids)
         seconds = (time.monotonic() - begin) / len(fault.ids)
         for name, outcome in zip(fault.ids, outcomes, strict=True):

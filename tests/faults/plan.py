@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from faults import kinds
+from faults import disks, kinds
 
 
 @dataclass(frozen=True)
@@ -69,23 +69,23 @@ def planned(seed: int) -> list[Fault]:
         ("two", ("missing", "flip", "emptied", "zeroed", "truncated", "flip")),
         ("two", ("truncated", "missing", "zeroed", "flip", "flip", "missing")),
     ):
-        add("damaged checkpoint", run, kinds.damage_checkpoints, hows=hows)
+        add("damaged checkpoint", run, disks.damage_checkpoints, hows=hows)
     for how in ("metrics.jsonl cut in a line", "metrics.jsonl ends in zeros", "config.json empty", ".lock of noise"):
-        add("damaged file of the run", "one", kinds.damage_run_files, how=how)
+        add("damaged file of the run", "one", disks.damage_run_files, how=how)
     for run, hows in (("one", ("before the save", "during the save", "at the start")), ("two", ("during the save",))):
-        add("full disk", f"{run}, a disk of its own", kinds.too_large)
+        add("full disk", f"{run}, a disk of its own", disks.too_large)
         for when in hows:
-            add("full disk", f"{run}, a disk of its own", kinds.full_disk, when=when)
+            add("full disk", f"{run}, a disk of its own", disks.full_disk, when=when)
     for when in ("at the start", "by a file in place of the folder"):
-        add("read-only", "one, a disk of its own", kinds.protected, when=when)
-    add("read-only", "two, a disk of its own", kinds.protected, when="while it trains")
+        add("read-only", "one, a disk of its own", disks.protected, when=when)
+    add("read-only", "two, a disk of its own", disks.protected, when="while it trains")
     for how in ("a second start", "the first is held", "both start at once"):
         add("two runs at once", "one", kinds.second_run, how=how)
     add("two runs at once", "two", kinds.second_run, how="both start at once")
     for what in ("the dump folder", "the dump folder, with a link", "the data"):
-        add("moved", "one", kinds.move, what=what)
+        add("moved", "one", disks.move, what=what)
     for how in ("edited", "missing"):
-        add("changed data", "one", kinds.change_data, how=how)
+        add("changed data", "one", disks.change_data, how=how)
     add("bad records", "one, bad records", kinds.kill, 2, who="all")
     add("bad records", "one, bad records", kinds.stop, by="SIGTERM rank")
     add("other ranks", "elastic", kinds.other_ranks, 6)
@@ -94,4 +94,6 @@ def planned(seed: int) -> list[Fault]:
     for number in ("saved weight", "moment"):
         add("not finite", "two, faulty", kinds.not_finite, number=number)
     Random(seed).shuffle(found)
-    return sorted(found, key=lambda fault: (len(fault.run.partition(",")[2]), fault.run))
+    order = ["elastic", "one", "one, faulty", "two, faulty", "one, a disk of its own", "two, a disk of its own"]
+    order += [worker, background, "two", "one, bad records"]
+    return sorted(found, key=lambda fault: (order.index(fault.run), len(fault.ids) == 1))

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from faults import kinds
+from faults import disks, kinds
 from faults.chain import Chain, Reference, Setup, unequal_parts, write_corpus
 
 STEPS = 40
@@ -27,9 +27,10 @@ def chain(tmp_path_factory):
     [
         (kinds.kill, {"who": "one rank", "saving": True}),
         (kinds.stop, {"by": "SIGUSR1 rank"}),
-        (kinds.damage_checkpoints, {"hows": ("flip", "truncated", "missing")}),
+        (disks.damage_checkpoints, {"hows": ("flip", "truncated", "missing")}),
         (kinds.kill, {"who": "torchrun"}),
         (kinds.stop, {"by": "file"}),
+        (disks.too_large, {}),
         (kinds.kill, {"who": "all"}),
     ],
     ids=lambda value: value.__name__ if callable(value) else "-".join(map(str, value.values())),

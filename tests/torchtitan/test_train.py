@@ -191,6 +191,18 @@ def test_a_nonfinite_loss_stops_a_run_that_neither_logs_nor_saves(tmp_path):
     assert not (tmp_path / "checkpoint").exists()
 
 
+def test_weights_that_an_update_made_infinite_are_not_saved(tmp_path):
+    """Loss and gradients were finite: only the save looks at what the optimizer has made of them."""
+    result = train(
+        tmp_path, 2, check=False, training__steps="3", optimizer__lr="1e39", lr_scheduler__warmup_steps="0",
+        checkpoint__interval="1",
+    )  # fmt: skip
+    assert result.returncode
+    said = "step 1 is not saved: tok_embeddings.weight holds NaN or infinite numbers (on rank 0)"
+    assert said in result.stdout + result.stderr
+    assert not (tmp_path / "checkpoint/step-1").exists()
+
+
 def test_a_stage_2_that_loads_nothing_is_an_error(tmp_path):
     """An unfinished checkpoint makes upstream ignore initial_load_path and start from random weights, in silence."""
     (tmp_path / "checkpoint/step-3").mkdir(parents=True)
