@@ -94,6 +94,8 @@ def planned(seed: int) -> list[Fault]:
     for number in ("saved weight", "moment"):
         add("not finite", "two, faulty", kinds.not_finite, number=number)
     Random(seed).shuffle(found)
-    order = ["elastic", "one", "one, faulty", "two, faulty", "one, a disk of its own", "two, a disk of its own"]
-    order += [worker, background, "two", "one, bad records"]
-    return sorted(found, key=lambda fault: (order.index(fault.run), len(fault.ids) == 1))
+    order = ["elastic", "one", "two", "one, faulty", "two, faulty", "one, a disk of its own", "two, a disk of its own"]
+    order += [worker, background, "one, bad records"]
+    return sorted(
+        found, key=lambda fault: (order.index(fault.run), fault.kind not in ("damaged checkpoint", "SIGSTOP"))
+    )
