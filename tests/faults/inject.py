@@ -20,6 +20,7 @@ left out, and named.
 
 import argparse
 import json
+import os
 import platform
 import shutil
 import signal
@@ -194,7 +195,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.output is None:
         parser.error("--output is needed")
     injector = Injector(options.output.resolve(), options.seed)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started and mounted goes with this program
+    # What was started and mounted goes with this program. (torch would swallow an exception.)
+    signal.signal(signal.SIGTERM, lambda *_: (injector.close(), os._exit(1)))
     try:
         if options.breaks:
             return int(not injector.broken())
