@@ -61,7 +61,7 @@ def import_modules(config: Mapping[str, Any], where: str) -> None:
     Raises:
         Refused: naming the module that cannot be imported.
     """
-    # ``python -m``, which starts the trainer, looks there first; ``python scripts/X.py`` does not look there.
+    # ``python -m``, which starts the trainer, looks there first; a program that is given by its path does not.
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.append(os.getcwd())
     for section, name in (("job", "custom_config_module"), ("experimental", "custom_import")):
