@@ -14,8 +14,8 @@ The reverse checks that such a folder is the model of a flavor, and writes a che
 
 Upstream has settings of its own for the weights alone. checkpoint.last_save_in_hf saves a run's last step as
 safetensors without config, tokenizer and optimizer: such a step can be neither resumed nor exported here.
-checkpoint.initial_load_in_hf starts from the safetensors of an HF_FOLDER directly, but does not look at its config:
-with other rotary settings or another norm epsilon it trains another model without a word.
+checkpoint.initial_load_in_hf starts from the safetensors of an HF_FOLDER directly. Our trainer compares its config and
+its tensors with the model first (docs/model.md, continued pre-training); upstream's own does not look at the config.
 """
 
 from __future__ import annotations

@@ -20,10 +20,13 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.experiments.lighthouse.data.tokenizer import build_tokenizer
 from torchtitan.experiments.lighthouse.errors import Refused
+from torchtitan.experiments.lighthouse.job_config import MergedConfig
+from torchtitan.experiments.lighthouse.model.hf_config import read_hf_config
 from torchtitan.experiments.lighthouse.model.model import LighthouseTransformer
+from torchtitan.experiments.lighthouse.model.sizes import CUSTOM
 from torchtitan.experiments.lighthouse.runs import manifest
 from torchtitan.experiments.lighthouse.runs.checkpoints import Verify, dump_folder_of, find_checkpoint
-from torchtitan.experiments.lighthouse.runs.settings import load_model, read_settings
+from torchtitan.experiments.lighthouse.runs.settings import build_model, load_model, read_settings
 from torchtitan.experiments.lighthouse.train_spec import lighthouse_args
 from torchtitan.models.llama3.model.model import FeedForward
 from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
@@ -184,7 +187,57 @@ def check_same_model(hf_folder: Path, model: LighthouseTransformer, flavor: str)
     for name in sorted((there.keys() | ours.keys()) - {"type"}):
         pairs[name] = there.get(name), ours.get(name)
     _refuse_differences(pairs, hf_folder, flavor)
+    _refuse_differences(_tensors(hf_folder, model), hf_folder, flavor)
 
+
+def check_start(settings: MergedConfig) -> list[str]:
+    """Whether the weights of a Hugging Face folder, with which a run is to start, are those of its model.
+
+    Args:
+        settings: complete.
+
+    Returns:
+        Lines that say what the run computes in another way, on purpose: what [llama] changes in the folder's model.
+
+    Raises:
+        Refused: naming what differs.
+    """
+    checkpoint, ours = settings.checkpoint, settings.llama
+    name = "checkpoint.initial_load_path" if checkpoint.initial_load_path else "model.hf_assets_path"
+    folder = Path(checkpoint.initial_load_path or settings.model.hf_assets_path)
+    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+        raise Refused(f"{name}={str(folder)!r}: is no Hugging Face model: it needs config.json and *.safetensors")
+    theirs = read_hf_config(folder)
+    differ = [field for field in vars(ours) if getattr(ours, field) != getattr(theirs, field)]
+    if ours.rope_factor == theirs.rope_factor == 1:  # the others decide nothing
+        differ = [field for field in differ if not field.startswith("rope_") or field == "rope_theta"]
+    changed = [f"llama.{field} {getattr(theirs, field)} → {getattr(ours, field)}" for field in differ]
+    its_own = settings.model.hf_config and _config_file(settings.model.hf_config) == _config_file(folder)
+    of_weights = [field for field in differ if not field.startswith("rope_") and field != "norm_eps"]
+    if of_weights or (differ and not its_own):
+        raise Refused(
+            f"{name}={str(folder)!r}: its weights are of another model: {'; '.join(changed)}; nearest valid value: "
+            f"model.flavor={CUSTOM!r} with model.hf_config={str(folder)!r}, which [llama] may change in norm_eps and "
+            "rope_…"
+        )
+    wrong = [
+        f"{tensor} {found} there, {needed} needed"
+        for tensor, (found, needed) in _tensors(folder, build_model(settings)).items()
+        if found != needed
+    ]
+    if wrong:
+        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise Refused(f"{name}={str(folder)!r}: its tensors are not those of its config: {'; '.join(wrong[:3])}{more}")
+    return [f"Not as in {folder}: {change}" for change in changed]
+
+
+def _config_file(path: str | Path) -> Path:
+    path = Path(path).resolve()
+    return path / "config.json" if path.is_dir() else path
+
+
+def _tensors(hf_folder: Path, model: LighthouseTransformer) -> dict[str, tuple[Any, Any]]:
+    """The shape of every tensor in the folder and of those that ``model`` needs; None for one that is not there."""
     adapter = Llama3StateDictAdapter(model.model_args, None)
     metadata = adapter.get_hf_storage_reader(str(hf_folder)).read_metadata()
     saved = cast("dict[str, TensorStorageMetadata]", metadata.state_dict_metadata)  # safetensors hold nothing else
@@ -192,7 +245,7 @@ def check_same_model(hf_folder: Path, model: LighthouseTransformer, flavor: str)
     shapes = {name: tuple(entry.size) for name, entry in saved.items() if not name.endswith("rotary_emb.inv_freq")}
     needed = {name: tuple(weight.shape) for name, weight in adapter.to_hf(model.state_dict()).items()}
     names = sorted(shapes.keys() | needed.keys())
-    _refuse_differences({name: (shapes.get(name), needed.get(name)) for name in names}, hf_folder, flavor)
+    return {name: (shapes.get(name), needed.get(name)) for name in names}
 
 
 def copy_tokenizer(assets: Path, trained_with: HuggingFaceTokenizer, folder: Path) -> None:

@@ -24,7 +24,7 @@ import torchtitan.experiments.lighthouse.train_spec  # noqa: F401  registers the
 from torch import Tensor
 from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
-from torchtitan.experiments.lighthouse import console, sampling
+from torchtitan.experiments.lighthouse import console, hugging_face, sampling
 from torchtitan.experiments.lighthouse.data.stream_loader import StreamLoader
 from torchtitan.experiments.lighthouse.data.text_datasets import check_data
 from torchtitan.experiments.lighthouse.data.tokenizer import build_tokenizer
@@ -80,8 +80,14 @@ class LighthouseTrainer(seam.HookedTrainer):
             # Sizes only: contents are compared where it is loaded, each process a share of them.
             before = stages.find_stage_before(Path(origin), verify="size")
             self._not_as_before = contract.check_continuation(before, self.job_config, world_size, self._reads)
+        elif self._starts_from_hugging_face():
+            self._not_as_before = hugging_face.check_start(self.job_config)
         if self.job_config.checkpoint.enable and not self.job_config.checkpoint.load_only:
             saving.check_writable(Path(self._checkpoint_folder()))
+
+    def _starts_from_hugging_face(self) -> bool:
+        checkpoint = self.job_config.checkpoint
+        return checkpoint.enable and checkpoint.initial_load_in_hf and self.job_config.llama.is_complete
 
     def checkpoint_manager(self) -> Callable[..., CheckpointManager]:
         config = self.job_config
@@ -194,7 +200,12 @@ class LighthouseTrainer(seam.HookedTrainer):
         for line in console.start_lines(config, model, parameters, self.parallel_dims):
             logger.info(line)
         if self.step == 0:
-            logger.info(f"{name_of(stage).capitalize()} starts from new weights")
+            checkpoint = config.checkpoint
+            folder = checkpoint.initial_load_path or (checkpoint.initial_load_in_hf and config.model.hf_assets_path)
+            weights = f"the weights of {folder}" if checkpoint.enable and folder else "new weights"
+            logger.info(f"{name_of(stage).capitalize()} starts from {weights}")
+            for line in self._not_as_before:
+                logger.info(line)
             return
         logger.info(f"Resuming after step {self.step}")
         rate = self.lr_schedulers.schedulers[0].get_last_lr()[0]
