@@ -11,8 +11,8 @@ a model that looks back is nearly certain, and one that does not does as well as
 *Recall* is the share of the loss that is saved there: 1 - (loss when quoted) / (loss when told). 0: none, 1: all.
 
 Quotes of text cost nothing when they are told, and every byte of them teaches to look back. Facts to be learned by
-heart did not do: neither " Code qwerty: 4821.", one per 800 bytes, nor two control codes and four letters, one per 300,
-were recalled by small models after a thousand steps, not even from 100 bytes back.
+heart did not do: " Code qwerty: 4821.", one per 800 bytes, was not recalled by the 32M model after 960 steps, not even
+from 1,000 bytes back, nor were two control codes and four letters, one per 300, by the debug model after 400.
 
 Every piece has exactly the bytes that one sequence holds beside the tokens for begin and end of text, so the trainer
 packs each into one sequence, and the byte tokenizer's token i + 1 is the piece's byte i.

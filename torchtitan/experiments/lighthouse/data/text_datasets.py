@@ -78,11 +78,17 @@ def training_files(section: Training) -> tuple[str, list[str]] | None:
     Raises:
         DataError: if there are none.
     """
+    found = _own_files(section)
+    return None if found is None else found[1:]
+
+
+def _own_files(section: Training | Validation) -> tuple[Callable[[dict[str, Any]], str], str, list[str]] | None:
+    """From a sample of the section's dataset to its text, and what ``training_files`` says of it."""
     registered = DATASETS.get(section.dataset.lower())
     if registered is None or not isinstance(registered.loader, TextFiles):
         return None
     path = section.dataset_path or registered.path
-    return path, registered.loader.files(path)
+    return registered.sample_processor, path, registered.loader.files(path)
 
 
 def build_dataloader(
@@ -95,13 +101,11 @@ def build_dataloader(
     """
     section = job_config.training
     by_rank = partial(build_rank_dataloader, section, dp_world_size, dp_rank, tokenizer, infinite)
-    registered = DATASETS.get(section.dataset.lower())
-    if registered is None or not isinstance(registered.loader, TextFiles):
+    if (found := _own_files(section)) is None:
         return by_rank()  # Upstream refuses unknown names, and lists the others.
-    path = section.dataset_path or registered.path
-    read, skipping = partial(_texts, registered.sample_processor), _skipping(section)
+    processor, _, files = found
     return StreamLoader(
-        Documents(section.dataset, registered.loader.files(path), read, infinite, skipping),
+        Documents(section.dataset, files, partial(_texts, processor), infinite, _skipping(section)),
         PieceEncoder(tokenizer),
         by_rank,
         seq_len=section.seq_len,
@@ -177,13 +181,11 @@ def check_data(job_config: JobConfig) -> None:
         sections.append(job_config.validation)
     for section in sections:
         name = "validation" if isinstance(section, Validation) else "training"
-        registered = DATASETS.get(section.dataset.lower())
-        if registered is None:
+        if section.dataset.lower() not in DATASETS:
             raise Refused(f"{name}.dataset={section.dataset!r}: must be one of {', '.join(sorted(DATASETS))}")
-        if isinstance(registered.loader, TextFiles):
-            path = section.dataset_path or registered.path
-            files, read = registered.loader.files(path), partial(_texts, registered.sample_processor)
-            if not _has_text(files, read, _skipping(section)):
+        if (found := _own_files(section)) is not None:
+            processor, _, files = found
+            if not _has_text(files, partial(_texts, processor), _skipping(section)):
                 raise DataError(
                     f"{name}.dataset={section.dataset!r}: no text in any record of its {len(files):,} file(s), the "
                     f"first of which is {files[0]}"
