@@ -170,17 +170,31 @@ def prepare(folders: Sequence[Path], output: Path, seq_len: int, count: int, hel
         print(f"the text will be read again after {counts['train']:,} of {count:,} steps", flush=True)
 
 
+def cut(text: bytes, size: int) -> Iterator[bytes]:
+    """UTF-8 of at most ``size`` bytes at a time, characters left whole. What ``prepare`` wrote comes as it was."""
+    start = 0
+    while start < len(text):
+        end = min(start + size, len(text))
+        while end < len(text) and text[end] & 0xC0 == 0x80:
+            end -= 1
+        yield text[start:end]
+        start = end
+
+
 def plant_and_shuffle(prepared: Path, output: Path, seq_len: int, seed: int) -> None:
-    """The prepared text with its quotes, the same for every seed, in the seed's order, as the trainer reads it."""
+    """The prepared text with its quotes, the same for every seed, in the seed's order, as the trainer reads it.
+
+    Args:
+        seq_len: tokens of a piece, which may be shorter than prepared for.
+    """
     if output.exists():
         return
     unfinished = output.with_name(f"{output.name}.unfinished-{os.getpid()}")
     unfinished.mkdir(parents=True)
     length = seq_len - 1
     for split in ("train", "validation"):
-        text, size = bz2.decompress((prepared / f"{split}.bz2").read_bytes()), text_in(length)
-        starts = range(0, len(text), size)
-        planted = [plant(text[at : at + size], length, f"{split} {n}") for n, at in enumerate(starts)]
+        texts = cut(bz2.decompress((prepared / f"{split}.bz2").read_bytes()), text_in(length))
+        planted = [plant(text, length, f"{split} {n}") for n, text in enumerate(texts)]
         random.Random(seed if split == "train" else 0).shuffle(planted)  # held out: the same for all
         with gzip.open(unfinished / f"{split}.jsonl.gz", "wt", compresslevel=1, encoding="utf-8") as file:
             file.writelines(json.dumps({"text": piece, "quotes": quotes}) + "\n" for piece, quotes in planted)

@@ -28,8 +28,9 @@ so training losses are compared step by step, too: texts differ more than arms d
 arm run twice.
 
 From random weights, the arms that were scored had not learned to look back after 960 steps, dense included. ``base``
-trains dense weights of short sequences first, in more and smaller steps; with ``--start`` all arms begin with them,
-their optimizer anew. That is how long contexts are trained in practice, and what recall can be measured on.
+trains dense weights of short sequences first, in more and smaller steps, on the same text with quotes that are as near
+as those sequences are long; with ``--start`` all arms begin with them, their optimizer anew. That is how long contexts
+are trained in practice, and what recall can be measured on.
 
 ``prepare`` writes OUTPUT/text, which can be carried to another machine (25 MB); ``run`` plants, shuffles by the seed,
 and runs one arm per GPU at a time. Killed and started again, it continues; finished arms, OUTPUT/results/ARM.json, are
@@ -47,7 +48,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -180,16 +181,20 @@ def call(command: list[str], log_file: Path, device: str | None, inherited: tupl
         raise RuntimeError(f"exit status {code}, see {log_file}:\n{end}")
 
 
-def run_arm(arm: Arm, options: argparse.Namespace, device: str | None) -> None:
-    """Train what is not trained yet, score, and write the arm's result."""
-    runs = runs_of(arm, options)
-    for one in runs:
+def train_arm(arm: Arm, options: argparse.Namespace, device: str | None) -> None:
+    """Train what is not trained yet."""
+    for one in runs_of(arm, options):
         with alone_in(one.folder) as lock:
             if not one.done:
                 call(one.command, one.folder.with_name(f"{one.folder.name}.log"), device, (lock,))
             if not one.done:
                 raise RuntimeError(f"{one.folder} ended without a checkpoint of step {one.last}")
             remove_checkpoints(one.checkpoints, options.steps)
+
+
+def score_arm(arm: Arm, options: argparse.Namespace, device: str | None) -> None:
+    """Score a trained arm, and write its result."""
+    runs = runs_of(arm, options)
     final, score_file = runs[-1], runs[-1].folder / "score.json"
     if not score_file.exists():
         text = options.output / f"text-seed{options.seed}/validation.jsonl.gz"
@@ -276,26 +281,40 @@ def devices() -> list[str | None]:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Every arm that is not finished, one per device at a time; returns how many failed."""
-    waiting, failed, lock = list(options.arms), [], threading.Lock()
+    """Every arm that is not finished, one per device at a time; returns how many failed.
+
+    While an arm is scored, the next one starts: a GPU has nothing to do in either's first half minute, and an arm's
+    speed is a median of its steps.
+    """
+    waiting, failed, lock = list(options.arms), set(), threading.Lock()
+
+    def attempt(part: Callable[[Arm, argparse.Namespace, str | None], None], arm: Arm, device: str | None) -> None:
+        began = time.monotonic()
+        try:
+            part(arm, options, device)
+            outcome = f"done, {time.monotonic() - began:.0f} s"
+        except Exception as error:  # the other arms go on
+            failed.add(arm)
+            outcome = f"failed: {error}"
+        print(f"{arm.name}, seed {options.seed}: {part.__name__} {outcome}", flush=True)
 
     def work(device: str | None) -> None:
+        scoring: threading.Thread | None = None
         while True:
             with lock:
-                if not waiting:
-                    return
-                arm = waiting.pop(0)
-            began = time.monotonic()
-            if result_file(arm, options).exists():
-                outcome = "already finished"
-            else:
-                try:
-                    run_arm(arm, options, device)
-                    outcome = f"done, {time.monotonic() - began:.0f} s"
-                except Exception as error:  # the other arms go on
-                    failed.append(arm)
-                    outcome = f"failed: {error}"
-            print(f"{arm.name}, seed {options.seed}: {outcome}", flush=True)
+                arm = waiting.pop(0) if waiting else None
+            if arm is not None and result_file(arm, options).exists():
+                print(f"{arm.name}, seed {options.seed}: already finished", flush=True)
+                continue
+            if arm is not None:
+                attempt(train_arm, arm, device)
+            if scoring is not None:
+                scoring.join()
+            if arm is None:
+                return
+            if arm not in failed:
+                scoring = threading.Thread(target=attempt, args=(score_arm, arm, device), daemon=True)
+                scoring.start()
 
     # Daemons: Ctrl-C must not start the next arms.
     workers = [threading.Thread(target=work, args=(device,), daemon=True) for device in devices()]
@@ -314,7 +333,7 @@ def main() -> None:
     parser.add_argument("--text", nargs="+", type=Path, help="prepare: folders with files named *train*, *validation*")
     parser.add_argument("--seq-len", type=int, default=98304, help="prepare: tokens per sequence")
     parser.add_argument("--steps", type=int, help=f"of every arm, a multiple of {PARTS} (default: 960, or prepare's)")
-    parser.add_argument("--base", nargs=3, type=int, default=(2048, 8, 5000), metavar=("TOKENS", "SEQUENCES", "STEPS"),
+    parser.add_argument("--base", nargs=3, type=int, default=(2048, 16, 3000), metavar=("TOKENS", "SEQUENCES", "STEPS"),
                         help="base: tokens per sequence, sequences per step, steps (default: %(default)s)")  # fmt: skip
     parser.add_argument("--start", type=Path, help="run: all arms start from these weights, OUTPUT/base")
     parser.add_argument("--prepared", type=Path, help="run: what prepare wrote (default: OUTPUT/text)")
@@ -333,7 +352,6 @@ def main() -> None:
             raise SystemExit(f"prepare needs --text, --steps a multiple of {PARTS}, and an --output without text/")
         recall.prepare(options.text, options.output / "text", options.seq_len, options.steps, held_out=SCORED)
     elif options.command == "base":
-        plant_text(options)
         train_base(options)
     elif options.command == "run":
         start_and_run(options)
@@ -343,21 +361,20 @@ def main() -> None:
         report(folder, options.output, options.level, [arm.name for arm in ARMS])
 
 
-def plant_text(options: argparse.Namespace) -> None:
-    """Text of the seed from what was prepared, which also says how long sequences and arms are."""
+def prepared_text(options: argparse.Namespace) -> Path:
     prepared = options.prepared or options.output / "text"
     if not (prepared / "about.json").is_file():
         raise SystemExit(f"time_to_loss: {prepared} holds no prepared text; run prepare first, or name it: --prepared")
-    about = json.loads((prepared / "about.json").read_text())
-    options.seq_len, options.steps = about["seq_len"], options.steps or about["steps"]
-    recall.plant_and_shuffle(prepared, options.output / f"text-seed{options.seed}", options.seq_len, options.seed)
+    return prepared
 
 
 def train_base(options: argparse.Namespace) -> None:
     """A dense model of short sequences, OUTPUT/base."""
     tokens, sequences, steps = options.base
+    text = options.output / f"base-text-seed{options.seed}"
+    recall.plant_and_shuffle(prepared_text(options), text, tokens, options.seed)
     settings = ["--job.config_file", str(options.config), f"--job.dump_folder={options.output / 'base'}"]
-    settings += ["--training.dataset=c4_local", f"--training.dataset_path={options.output}/text-seed{options.seed}"]
+    settings += ["--training.dataset=c4_local", f"--training.dataset_path={text}"]
     settings += [f"--training.seq_len={tokens}", f"--training.local_batch_size={sequences}", "--lighthouse.no-enable"]
     settings += [f"--training.steps={steps}", f"--lr_scheduler.total_steps={steps}", "--checkpoint.keep_latest_k=2"]
     settings += ["--checkpoint.interval=1000", f"--debug.seed={options.seed}", "--metrics.log_freq=20"]
@@ -366,7 +383,10 @@ def train_base(options: argparse.Namespace) -> None:
 
 
 def start_and_run(options: argparse.Namespace) -> None:
-    plant_text(options)
+    prepared = prepared_text(options)
+    about = json.loads((prepared / "about.json").read_text())
+    options.seq_len, options.steps = about["seq_len"], options.steps or about["steps"]
+    recall.plant_and_shuffle(prepared, options.output / f"text-seed{options.seed}", options.seq_len, options.seed)
     if options.steps % PARTS:
         raise SystemExit(f"time_to_loss: --steps {options.steps}: must be a multiple of {PARTS}")
     if options.start is not None:

@@ -53,6 +53,13 @@ def test_characters_stay_whole_and_missing_text_is_filled_up():
         plant(b"a" * LENGTH, LENGTH, "0")
 
 
+def test_text_is_cut_between_characters_and_nothing_of_it_is_lost():
+    text = ("aé€😀" * 50).encode()
+    parts = list(recall.cut(text, 7))
+    assert b"".join(parts) == text and all(0 < len(part) <= 7 and part.decode() for part in parts)
+    assert list(recall.cut(b"ab  cd  ", 4)) == [b"ab  ", b"cd  "]  # as prepare wrote it
+
+
 def test_pieces_depend_on_the_seed_alone():
     assert piece("a") == piece("a") != piece("b")
 
