@@ -59,30 +59,31 @@ class Quote(NamedTuple):
         return self.quoted - self.told
 
 
-def quotes_in(length: int) -> int:
+def quotes_in(length: int, share: float = SHARE) -> int:
     """How many quotes a piece of ``length`` bytes holds."""
-    return max(1, int(length * SHARE) // QUOTE)
+    return max(1, int(length * share) // QUOTE)
 
 
-def text_in(length: int) -> int:
+def text_in(length: int, share: float = SHARE) -> int:
     """Bytes of text in a piece of ``length`` bytes; the rest are quotes."""
-    return length - quotes_in(length) * QUOTE
+    return length - quotes_in(length, share) * QUOTE
 
 
-def plant(text: bytes, length: int, seed: str) -> tuple[str, list[Quote]]:
+def plant(text: bytes, length: int, seed: str, share: float = SHARE) -> tuple[str, list[Quote]]:
     """A piece of exactly ``length`` bytes: ``text`` with quotes of it, drawn from ``seed`` alone.
 
     Args:
-        text: UTF-8, at most ``text_in(length)`` bytes; spaces fill up what is missing.
+        text: UTF-8, at most ``text_in(length, share)`` bytes; spaces fill up what is missing.
         length: at least 1,000.
+        share: of the piece that are quotes, less than a half. Above a third, passages are quoted again where none is left.
     """
-    rng = random.Random(seed)
-    text = text.ljust(text_in(length))
-    if len(text) > text_in(length):
-        raise ValueError(f"text of {len(text)} bytes: must be at most {text_in(length)} for a piece of {length}")
+    rng, size = random.Random(seed), text_in(length, share)
+    text = text.ljust(size)
+    if len(text) > size:
+        raise ValueError(f"text of {len(text)} bytes: must be at most {size} for a piece of {length}")
     last = length - QUOTE
     wanted = []  # places and distances
-    for _ in range(quotes_in(length)):
+    for _ in range(quotes_in(length, share)):
         distance = round(math.exp(rng.uniform(math.log(NEAREST), math.log(last))))
         wanted.append((rng.randint(distance, last), distance))
     wanted.sort()
@@ -181,7 +182,7 @@ def cut(text: bytes, size: int) -> Iterator[bytes]:
         start = end
 
 
-def plant_and_shuffle(prepared: Path, output: Path, seq_len: int, seed: int) -> None:
+def plant_and_shuffle(prepared: Path, output: Path, seq_len: int, seed: int, share: float = SHARE) -> None:
     """The prepared text with its quotes, the same for every seed, in the seed's order, as the trainer reads it.
 
     Args:
@@ -193,8 +194,8 @@ def plant_and_shuffle(prepared: Path, output: Path, seq_len: int, seed: int) -> 
     unfinished.mkdir(parents=True)
     length = seq_len - 1
     for split in ("train", "validation"):
-        texts = cut(bz2.decompress((prepared / f"{split}.bz2").read_bytes()), text_in(length))
-        planted = [plant(text, length, f"{split} {n}") for n, text in enumerate(texts)]
+        texts = cut(bz2.decompress((prepared / f"{split}.bz2").read_bytes()), text_in(length, share))
+        planted = [plant(text, length, f"{split} {n}", share) for n, text in enumerate(texts)]
         random.Random(seed if split == "train" else 0).shuffle(planted)  # held out: the same for all
         with gzip.open(unfinished / f"{split}.jsonl.gz", "wt", compresslevel=1, encoding="utf-8") as file:
             file.writelines(json.dumps({"text": piece, "quotes": quotes}) + "\n" for piece, quotes in planted)

@@ -28,9 +28,10 @@ so training losses are compared step by step, too: texts differ more than arms d
 arm run twice.
 
 From random weights, the arms that were scored had not learned to look back after 960 steps, dense included. ``base``
-trains dense weights of short sequences first, in more and smaller steps, on the same text with quotes that are as near
-as those sequences are long; with ``--start`` all arms begin with them, their optimizer anew. That is how long contexts
-are trained in practice, and what recall can be measured on.
+trains dense weights of short sequences first, in more and smaller steps, on the same text with more quotes (two fifths:
+with a fifth, looking back was just being learned after 3,000 steps), as near as those sequences are long. With
+``--start`` all arms begin with them, their optimizer anew. That is how long contexts are trained in practice, and what
+recall can be measured on.
 
 ``prepare`` writes OUTPUT/text, which can be carried to another machine (25 MB); ``run`` plants, shuffles by the seed,
 and runs one arm per GPU at a time. Killed and started again, it continues; finished arms, OUTPUT/results/ARM.json, are
@@ -77,6 +78,8 @@ RESULTS = REPOSITORY / "studies/results/time_to_loss"
 
 #: Held-out pieces that are scored after the last stage, and those of the curve.
 SCORED, CURVE = 36, 12
+#: Quotes in the text that base weights are trained on.
+BASE_SHARE = 0.4
 #: Steps before the switch that the spike is measured from.
 BEFORE_SWITCH = 50
 
@@ -372,7 +375,7 @@ def train_base(options: argparse.Namespace) -> None:
     """A dense model of short sequences, OUTPUT/base."""
     tokens, sequences, steps = options.base
     text = options.output / f"base-text-seed{options.seed}"
-    recall.plant_and_shuffle(prepared_text(options), text, tokens, options.seed)
+    recall.plant_and_shuffle(prepared_text(options), text, tokens, options.seed, BASE_SHARE)
     settings = ["--job.config_file", str(options.config), f"--job.dump_folder={options.output / 'base'}"]
     settings += ["--training.dataset=c4_local", f"--training.dataset_path={text}"]
     settings += [f"--training.seq_len={tokens}", f"--training.local_batch_size={sequences}", "--lighthouse.no-enable"]

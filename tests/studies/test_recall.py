@@ -30,11 +30,11 @@ def test_a_piece_keeps_its_length_and_its_text():
     assert sum(recall.outside_quotes(LENGTH, planted[1])) == LENGTH - 102 * QUOTE
 
 
-@pytest.mark.parametrize("length", [LENGTH, 8191, 2047, 1023])
-def test_every_quote_is_a_passage_told_once_before_from_a_words_beginning_on(length):
-    text, quotes = piece(length=length)
+@pytest.mark.parametrize(("length", "share"), [(LENGTH, 0.2), (8191, 0.2), (2047, 0.2), (1023, 0.2), (8191, 0.3)])
+def test_every_quote_is_a_passage_told_once_before_from_a_words_beginning_on(length, share):
+    text, quotes = plant(words(text_in(length, share)), length, "0", share)
     raw, told = text.encode(), set()
-    assert len(raw) == length and len(quotes) == recall.quotes_in(length)
+    assert len(raw) == length and len(quotes) == recall.quotes_in(length, share) == int(share * length) // QUOTE
     outside = recall.outside_quotes(length, quotes)
     for quote in quotes:
         passage, source = raw[quote.quoted : quote.quoted + QUOTE], range(quote.told, quote.told + QUOTE)
