@@ -1,4 +1,4 @@
-"""Both stages of Lighthouse in Hugging Face's ``Trainer``: a small Llama on the standard library's bytes, or a file's.
+"""Both stages of Lighthouse in Hugging Face's ``Trainer``: a small model on the standard library's bytes, or a file's.
 
     pip install -e ".[hf]"   # transformers, and accelerate for its Trainer
     python examples/hf_trainer.py
@@ -7,9 +7,10 @@
 The second is for a GPU; on a CPU that others use too, set OMP_WAIT_POLICY=passive.
 
 Both stages are one training run, with one optimizer, one schedule and one pass over the data: a callback switches the
-model to dense attention where Stage 2 begins. What comes out is an ordinary Llama, which ``--save FOLDER`` writes. All
-layers go through Lighthouse, as an ``attn_implementation`` stands for all layers of a model. The loss of Stage 1 is not
-comparable with a dense one (README.md, Limits).
+model to dense attention where Stage 2 begins. What comes out is an ordinary Llama, or with ``--family Qwen3`` another,
+which ``--save FOLDER`` writes. The first two and the last two layers stay dense, where there are others; ``--through``
+names those that go through Lighthouse. ``--steps 0 100`` is the dense model alone, for comparison. The loss of Stage 1
+is not comparable with a dense one (README.md, Limits).
 """
 
 import argparse
@@ -18,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from lighthouse import LighthouseConfig
 from lighthouse.integrations.transformers import register
@@ -59,6 +60,8 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--steps", type=int, nargs=2, default=[24, 12], metavar=("STAGE1", "STAGE2"))
+    parser.add_argument("--family", default="Llama", help="Llama, Qwen2, Qwen3 … (docs/hugging_face.md)")
+    parser.add_argument("--through", help="layers through Lighthouse, such as 2--3; default: as said above")
     parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--save", type=Path, help="where the trained model goes; default: nowhere")
     args = parser.parse_args()
@@ -66,29 +69,30 @@ def main() -> None:
     # The geometry belongs to this process, not to the model: nothing of it is saved.
     geometry = LighthouseConfig(top_k=args.top_k)
     geometry.validate(args.context)
-    register(geometry)
+    register(geometry, layers=args.through)
 
     files = [args.text] if args.text else sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = AutoConfig.for_model(
+        args.family.lower(),
         vocab_size=256,
         hidden_size=args.width,
         intermediate_size=3 * args.width,
         num_hidden_layers=args.layers,
         num_attention_heads=args.width // 32,
         num_key_value_heads=max(1, args.width // 64),
+        head_dim=32,
         max_position_embeddings=args.context,
         initializer_range=args.width**-0.5,  # the default suits widths in the thousands
         # All 256 tokens are bytes: Llama's defaults would make special ones of 1 and 2.
         bos_token_id=None,
         eos_token_id=None,
-        # A cache of keys and values serves decoding; in training it would hold every layer's for nothing. And with one,
-        # transformers does not notice packed documents, which then attend to each other. ``Trainer`` turns it off by
-        # itself, a loop of your own does not.
+        # A cache of keys and values serves decoding; in training it would hold every layer's for nothing. ``Trainer``
+        # turns it off by itself, a loop of your own does not.
         use_cache=False,
         attn_implementation="lighthouse",
     )
-    model = LlamaForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(config)
 
     with tempfile.TemporaryDirectory() as scratch:
         trainer = Trainer(

@@ -6,6 +6,7 @@ The functions stand in the order in which the method runs; docs/method.md states
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ def lighthouse_attention(
     *,
     attention: InnerAttention | None = None,
     rotate: Rotate | None = None,
+    score_by: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Causal attention through a selected pyramid, differentiable in query, key and value.
 
@@ -45,15 +47,19 @@ def lighthouse_attention(
             pooled first, and each entry is then turned by its last covered position. (The published method pools
             rotated rows, which averages high frequencies away.) Turning a row does not change its norm, so the
             selection is the same; the other scorers are refused.
+        score_by: what the scorer ``norm`` looks at in place of query and key, in their shapes. A model that normalises
+            its queries and keys hands over what they were before: after it all rows are nearly as long as each other
+            (docs/method.md, section 10.5).
 
     Returns:
         [B, H, N, D] in the dtype of ``query``.
 
     Raises:
         ValueError: for shapes, dtypes or devices that do not fit together, an invalid geometry, a backend that is
-            not available, or ``rotate`` with another scorer than ``norm``.
+            not available, or ``rotate`` or ``score_by`` with another scorer than ``norm``.
     """
     check_inputs(query, key, value)
+    scored_query, scored_key = rows_to_score(query, key, config, score_by)
     backend = config.resolve_backend(query.device.type)
     if rotate is not None and config.scorer != "norm":
         raise ValueError(
@@ -62,7 +68,7 @@ def lighthouse_attention(
     if config.selection == "none":
         config.validate(query.shape[2])
         return attend_locally(*turned(query, key, rotate), value, config.local_window)
-    selection = select(query, key, config, value=value, backend=backend)
+    selection = select(scored_query, scored_key, config, value=value, backend=backend)
     return attend_selected(query, key, value, selection, config, attention=attention, rotate=rotate, backend=backend)
 
 
@@ -165,6 +171,22 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(f"query is {query.dtype}: must be a floating dtype")
 
 
+def rows_to_score(
+    query: Tensor, key: Tensor, config: LighthouseConfig, score_by: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """Query and key as the scorer is to see them; ``score_by`` as in ``lighthouse_attention``."""
+    if score_by is None:
+        return query, key
+    if config.scorer != "norm":
+        raise ValueError(f"scorer={config.scorer!r} attends to queries and keys: score_by needs the scorer 'norm'")
+    for name, rows, scored in (("query", query, score_by[0]), ("key", key, score_by[1])):
+        if scored.shape != rows.shape:
+            raise ValueError(
+                f"score_by of the {name} is {tuple(scored.shape)}: must have its shape, {tuple(rows.shape)}"
+            )
+    return score_by
+
+
 class LighthouseAttention(nn.Module):
     """``lighthouse_attention`` as a module around an inner attention; no parameters, nothing in the state dict.
 
@@ -178,17 +200,24 @@ class LighthouseAttention(nn.Module):
         self.attention = attention or causal_attention
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, *, enable_gqa: bool = False, rotate: Rotate | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        enable_gqa: bool = False,
+        rotate: Rotate | None = None,
+        score_by: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """[B, H, N, D] and twice [B, G, N, D] to [B, H, N, D]; G < H needs ``enable_gqa``, as in torch's SDPA."""
         if query.shape[1] != key.shape[1] and not enable_gqa:
             raise ValueError(
                 f"{query.shape[1]} query heads and {key.shape[1]} key/value heads: grouped heads need enable_gqa=True"
             )
-        return self.attend(query, key, value, rotate)
+        return self.attend(query, key, value, rotate=rotate, score_by=score_by)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, rotate: Rotate | None) -> Tensor:
-        return lighthouse_attention(query, key, value, self.config, attention=self.attention, rotate=rotate)
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, **more: Any) -> Tensor:
+        return lighthouse_attention(query, key, value, self.config, attention=self.attention, **more)
 
     def extra_repr(self) -> str:
         return str(self.config)

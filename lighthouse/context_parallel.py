@@ -8,13 +8,22 @@ device that holds the next chunk.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 
-from lighthouse.attention import InnerAttention, LighthouseAttention, Rotate, check_inputs, gather, scatter
+from lighthouse.attention import (
+    InnerAttention,
+    LighthouseAttention,
+    Rotate,
+    check_inputs,
+    gather,
+    rows_to_score,
+    scatter,
+)
 from lighthouse.config import LighthouseConfig
 from lighthouse.local_window import attend_locally, turned
 from lighthouse.pyramid import level_lengths, level_offsets
@@ -99,6 +108,7 @@ def context_parallel_attention(
     *,
     attention: InnerAttention,
     rotate: Rotate | None = None,
+    score_by: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """``lighthouse_attention`` of the whole sequence, on the chunks that this rank holds.
 
@@ -109,6 +119,7 @@ def context_parallel_attention(
         shards: the layout and the group.
         attention: causal attention over the sequence that all ranks hold together, in the same layout: ring attention.
         rotate: as in ``lighthouse_attention``; positions count the rank's own N/W rows.
+        score_by: as in ``lighthouse_attention``, of the rank's own rows.
 
     Returns:
         [B, H, N/W, D], equal to one device's result.
@@ -118,6 +129,7 @@ def context_parallel_attention(
             available.
     """
     check_inputs(query, key, value)
+    scored_query, scored_key = (shards.stack(rows) for rows in rows_to_score(query, key, config, score_by))
     local_len = query.shape[2]
     config.validate(local_len * dist.get_world_size(shards.group), shards.num_chunks)
     backend = config.resolve_backend(query.device.type)
@@ -133,7 +145,7 @@ def context_parallel_attention(
     if config.selection == "none":
         assert local is not None
         return shards.join(local)
-    selection = select(chunks[0], chunks[1], config, starts_every=shards.starts_every, backend=backend)
+    selection = select(scored_query, scored_key, config, starts_every=shards.starts_every, backend=backend)
     short = [shards.join(gather(rows, selection, config, backend)) for rows in chunks]
     if rotate is not None:
         position = selection.last_positions(config.pooling_factor)
@@ -154,10 +166,8 @@ class ShardedLighthouseAttention(LighthouseAttention):
         super().__init__(config, attention)
         self.shards = shards
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, rotate: Rotate | None) -> Tensor:
-        return context_parallel_attention(
-            query, key, value, self.config, self.shards, attention=self.attention, rotate=rotate
-        )
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, **more: Any) -> Tensor:
+        return context_parallel_attention(query, key, value, self.config, self.shards, attention=self.attention, **more)
 
 
 def last_rows(key: Tensor, value: Tensor, window: int) -> Tensor:

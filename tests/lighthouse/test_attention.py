@@ -476,3 +476,17 @@ def test_full_length_on_a_gpu(backend, window):
     exact = run(*(x.float() for x in inputs), config, grad.float())
     for got, want in zip(low, exact, strict=True):
         assert (got.float() - want).norm() <= 8 * torch.finfo(torch.bfloat16).eps * want.norm()
+
+
+def test_scores_may_be_of_other_rows_than_attention(on):
+    """Only the selection changes: it is that of the rows named, and shapes and scorers that do not fit are refused."""
+    config, seq_len = make(*GEOMETRIES[1], backend=on["backend"])
+    query, key, value = (rows.to(on["device"]) for rows in qkv(seq_len, heads=2, groups=1))
+    by = (query.flip(2), key.flip(2))
+    expected = attend_selected(query, key, value, select(*by, config), config)
+    got = lighthouse_attention(query, key, value, config, score_by=by)
+    assert torch.equal(got, expected) and not torch.equal(got, lighthouse_attention(query, key, value, config))
+    with pytest.raises(ValueError, match="score_by of the key is"):
+        lighthouse_attention(query, key, value, config, score_by=(query, query))
+    with pytest.raises(ValueError, match="score_by needs the scorer 'norm'"):
+        lighthouse_attention(query, key, value, replace(config, scorer="gla"), score_by=by)

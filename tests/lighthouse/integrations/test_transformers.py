@@ -15,6 +15,8 @@ import lighthouse.integrations.transformers as integration  # noqa: E402
 SEQ_LEN, VOCABULARY, LAYERS = 512, 32, 2
 GEOMETRY = LighthouseConfig(num_levels=2, pooling_factor=2, top_k=128)
 INSTEAD = 'attn_implementation="sdpa"'
+#: What an attention layer says of itself.
+LAYER = SimpleNamespace(is_causal=True, layer_idx=0, config=SimpleNamespace(num_hidden_layers=LAYERS))
 
 
 @pytest.fixture(autouse=True)
@@ -30,9 +32,9 @@ def calls(monkeypatch) -> list:
     """The dtypes and shapes of every call of ``lighthouse_attention``."""
     seen = []
 
-    def spy(query, key, value, config):
+    def spy(query, key, value, config, **more):
         seen.append([(x.dtype, tuple(x.shape)) for x in (query, key, value)])
-        return lighthouse_attention(query, key, value, config)
+        return lighthouse_attention(query, key, value, config, **more)
 
     monkeypatch.setattr(integration, "lighthouse_attention", spy)
     return seen
@@ -40,9 +42,10 @@ def calls(monkeypatch) -> list:
 
 def build(family="Llama", attention="lighthouse", **settings):
     """A random model of two layers, four query heads and two key/value heads of 8, always with the same weights."""
+    sizes = {"num_hidden_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8} | settings
     config = getattr(transformers, f"{family}Config")(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, pad_token_id=None, attn_implementation=attention, **settings,
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, pad_token_id=None, attn_implementation=attention,
+        **sizes,
     )  # fmt: skip
     torch.manual_seed(0)
     return getattr(transformers, f"{family}ForCausalLM")(config).train()
@@ -91,10 +94,9 @@ def test_training_lowers_the_loss_and_reaches_every_parameter(family, calls):
     assert calls == [grouped] * (5 * LAYERS)  # every layer, with key/value heads that nobody repeated
 
 
-@pytest.mark.parametrize("family", ["Llama", "Qwen3"])
-def test_logits_and_gradients_are_those_of_a_direct_call(family):
+def test_logits_and_gradients_are_those_of_a_direct_call():
     register_direct("direct", GEOMETRY)
-    ours, direct, dense = (build(family, name) for name in ("lighthouse", "direct", "sdpa"))
+    ours, direct, dense = (build(attention=name) for name in ("lighthouse", "direct", "sdpa"))
     logits = ours(tokens()).logits
     assert torch.equal(logits, direct(tokens()).logits)
     assert torch.equal(logits, ours.eval()(tokens()).logits)
@@ -106,7 +108,7 @@ def test_logits_and_gradients_are_those_of_a_direct_call(family):
 
 def test_output_is_contiguous_and_has_no_weights():
     query, key = torch.randn(1, 4, SEQ_LEN, 8), torch.randn(1, 2, SEQ_LEN, 8)
-    output, weights = integration.attention_forward(GEOMETRY, SimpleNamespace(), query, key, key, None)
+    output, weights = integration.Implementation(GEOMETRY)(LAYER, query, key, key, None)
     assert output.shape == (1, SEQ_LEN, 4, 8) and output.is_contiguous() and weights is None
 
 
@@ -202,33 +204,38 @@ def test_a_mask_tensor_is_refused():
 @pytest.mark.parametrize("cache", [None, "static"])
 def test_decoding_is_refused(cache):
     model = build().eval()
-    lengths = (
-        "512 query positions for 513" if cache else "1 query positions for 513"
-    )  # a static cache is longer at once
-    with refused(f"{lengths} key positions", "no decoding"):
+    lengths = "512 query positions for 513" if cache else "1 query position for 513"  # a static cache is longer at once
+    advice = 'for generate, switch to sdpa first: model.set_attn_implementation("sdpa")'
+    with pytest.raises(
+        ValueError, match=re.escape(f"{lengths} key positions: no decoding and no cached positions; {advice}")
+    ):
         model.generate(tokens(1), max_new_tokens=2, use_cache=True, do_sample=False, cache_implementation=cache)
 
 
 def test_a_cache_that_holds_something_is_refused():
     model = build().eval()
     cache = model(tokens(), use_cache=True).past_key_values
-    with refused("512 query positions for 1024 key positions", "no cached positions"):
+    with pytest.raises(ValueError, match=r"512 query positions for 1024 key positions: .*no cached positions"):
         model(tokens(), past_key_values=cache)
 
 
-def test_packed_documents_are_refused():
-    with refused("mask_function=", "no packed documents"):
-        build()(tokens(), position_ids=torch.arange(SEQ_LEN // 2).repeat(2, 2), use_cache=False)
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_packed_documents_are_refused(use_cache):
+    """With a cache transformers itself does not look, and without one it does."""
+    packed, model = torch.arange(SEQ_LEN // 2).repeat(2, 2), build()
+    with refused("position_ids start anew", "packed documents are not supported"):
+        model(tokens(), position_ids=packed, use_cache=use_cache)
+    model(tokens(), position_ids=torch.arange(SEQ_LEN).repeat(2, 1), use_cache=use_cache)
 
 
 def test_a_sliding_window_is_refused():
     model = build("Qwen3", use_sliding_window=True, sliding_window=64, max_window_layers=1)
-    with refused("mask_function=", "window"):
+    with refused("sliding_window=64 in the model's config", "window"):
         model(tokens())
 
 
 def test_a_bidirectional_model_is_refused():
-    with refused("mask_function=bidirectional_mask_function", "must be causal_mask_function"):
+    with refused("is_causal=False in the model's config", "must be causal"):
         build(is_causal=False)(tokens())
 
 
@@ -242,12 +249,15 @@ def test_dropout_is_refused_in_training_only():
 @pytest.mark.parametrize(
     ("parts", "arguments"),
     [
-        (("1 query positions for 512 key positions", "no decoding"), {"query": torch.ones(1, 4, 1, 8)}),
+        (("1 query position for 512 key positions", "no decoding"), {"query": torch.ones(1, 4, 1, 8)}),
         (("dropout=0.5", "must be 0"), {"dropout": 0.5}),
         (("is_causal=False", "must be causal"), {"is_causal": False}),
         (("is_causal=False", "must be causal"), {"module": SimpleNamespace(is_causal=False)}),
         (("scaling=0.25", "1/√head_dim = 0.353553"), {"scaling": 0.25}),
-        (("sliding_window=64", "a sliding window"), {"sliding_window": 64}),
+        (("sliding_window=64 in the model's config", "a sliding window"), {"sliding_window": 64}),
+        (("value heads of 4 columns beside key heads of 8", "equally wide"), {"value": torch.ones(1, 4, SEQ_LEN, 4)}),
+        (("position_ids start anew 1 times", "packed"), {"position_ids": torch.arange(256).repeat(1, 2)}),
+        (("SimpleNamespace does not know which layer it is",), {"module": SimpleNamespace(config=LAYER.config)}),
         (("softcap=50.0", "soft-capped"), {"softcap": 50.0}),
         (("s_aux=a tensor of shape (4,)", "sinks"), {"s_aux": torch.ones(4)}),
         (("position_bias=a tensor of shape (1, 4, 1, 1)", "bias"), {"position_bias": torch.ones(1, 4, 1, 1)}),
@@ -257,11 +267,12 @@ def test_dropout_is_refused_in_training_only():
 )
 def test_what_is_not_plain_causal_attention_is_refused(parts, arguments):
     rows = torch.ones(1, 4, SEQ_LEN, 8)
-    plain = {"module": SimpleNamespace(is_causal=True), "query": rows, "key": rows, "value": rows}
+    plain = {"module": LAYER, "query": rows, "key": rows, "value": rows}
     plain |= {"attention_mask": None, "scaling": 8**-0.5, "dropout": 0.0}
-    integration.attention_forward(GEOMETRY, **plain, sliding_window=None, softcap=None)
-    with refused(*parts):
-        integration.attention_forward(GEOMETRY, **plain | arguments)
+    attend = integration.Implementation(GEOMETRY)
+    attend(**plain, sliding_window=None, softcap=None)
+    with pytest.raises(ValueError, match=".*".join(map(re.escape, parts))):
+        attend(**plain | arguments)
 
 
 def test_the_example_runs():

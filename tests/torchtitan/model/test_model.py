@@ -171,3 +171,21 @@ def one_process():
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
+
+
+def test_a_model_that_normalises_queries_and_keys_is_scored_before_it(monkeypatch):
+    """The norm takes away what is added to the lengths; what is selected still follows it."""
+    model, _ = build("--lighthouse.layers", "1")
+    attention = model.layers["1"].attention
+    scored = []
+    monkeypatch.setattr(attention.lighthouse, "attend", lambda *rows, **more: scored.append((rows, more)) or rows[0])
+    for layer in model.layers.values():
+        layer.attention.q_norm = torch.nn.RMSNorm(layer.attention.head_dim, elementwise_affine=False)
+        layer.attention.k_norm = torch.nn.RMSNorm(layer.attention.head_dim, elementwise_affine=False)
+    model(tokens())
+    (((query, key, _), more),) = scored
+    for after, before in zip((query, key), more["score_by"], strict=True):
+        length = after.norm(dim=-1)
+        assert length.std() < 1e-3 * length.mean() and before.norm(dim=-1).std() > 0.05 * before.norm(dim=-1).mean()
+        direction = torch.nn.functional.normalize(before, dim=-1).norm(dim=-1)
+        assert before.shape == after.shape and direction.allclose(torch.ones(()), atol=1e-4)

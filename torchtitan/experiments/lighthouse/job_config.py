@@ -4,7 +4,6 @@ Loaded through ``job.custom_config_module``; torchtitan merges these dataclasses
 """
 
 import math
-import re
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -64,38 +63,6 @@ class Lighthouse(LighthouseConfig):
     def attention_config(self) -> LighthouseConfig:
         """The library's part."""
         return LighthouseConfig(**{field.name: getattr(self, field.name) for field in fields(LighthouseConfig)})
-
-
-def parse_layers(layers: str, n_layers: int) -> tuple[int, ...]:
-    """The layer numbers that ``layers`` names in a model of ``n_layers``, ascending.
-
-    Raises:
-        ValueError: for text that is no list of layers, an empty range, or a layer outside the model.
-    """
-    chosen: set[int] = set()
-    last = n_layers - 1
-    for part in layers.split(","):
-        match = re.fullmatch(r"\s*(-?\d+)\s*(?:-\s*(-?\d+)\s*)?", part)
-        if match is None:
-            raise ValueError(
-                f"lighthouse.layers={layers!r}: {part.strip()!r} is no layer and no range such as '2-27' or '2--3'"
-            )
-        ends = [int(end) for end in match.groups() if end is not None]
-        for end in ends:
-            if not -n_layers <= end <= last:
-                nearest = last if end > last else -n_layers
-                raise ValueError(
-                    f"lighthouse.layers={layers!r}: layer {end} is outside the model, whose {n_layers} layers are "
-                    f"0 to {last} (or -{n_layers} to -1 from the end); nearest valid layer: {nearest}"
-                )
-        first, final = (ends[0] % n_layers, ends[-1] % n_layers)
-        if first > final:
-            raise ValueError(
-                f"lighthouse.layers={layers!r}: the range {part.strip()!r} is empty in a {n_layers}-layer model "
-                f"({first} to {final}); nearest valid range: '{final}-{first}'"
-            )
-        chosen.update(range(first, final + 1))
-    return tuple(sorted(chosen))
 
 
 def check_degrees(parallelism: upstream.Parallelism, world_size: int) -> None:

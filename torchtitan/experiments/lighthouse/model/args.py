@@ -11,7 +11,6 @@ from torch import nn
 from torchtitan.config import JobConfig
 from torchtitan.experiments.lighthouse.data.tokenizer import build_tokenizer
 from torchtitan.experiments.lighthouse.errors import Refused
-from torchtitan.experiments.lighthouse.job_config import parse_layers
 from torchtitan.experiments.lighthouse.model.hf_config import read_hf_config
 from torchtitan.experiments.lighthouse.model.sizes import CUSTOM, Llama
 from torchtitan.models.llama3 import TransformerModelArgs
@@ -21,6 +20,7 @@ from torchtitan.models.utils import get_dense_model_nparams_and_flops
 from torchtitan.tools.utils import device_type
 
 from lighthouse import LighthouseConfig
+from lighthouse.layers import parse_layers
 
 
 def context_parallel_chunks(job_config: JobConfig) -> int:
@@ -189,7 +189,7 @@ class LighthouseModelArgs(TransformerModelArgs):
                 config.validate(validation.seq_len, num_chunks)
             except ValueError as error:
                 raise ValueError(f"validation.seq_len: {error}") from error
-        self.lighthouse_layers = parse_layers(section.layers, self.n_layers)
+        self.lighthouse_layers = parse_layers(section.layers, self.n_layers, setting="lighthouse.layers")
         self.lighthouse, self.lighthouse_rope, self.dense_every = config, section.rope, section.dense_every
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:

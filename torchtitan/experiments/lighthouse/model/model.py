@@ -80,6 +80,9 @@ class LighthouseLlamaAttention(Attention):
     ``inner_attention`` stays upstream's module, the one that context parallelism turns into ring attention;
     ``lighthouse`` calls it. The rotary embedding is the one that ``rotate`` computes, in every layer.
 
+    A model that normalises its queries and keys sets ``q_norm`` and ``k_norm``, modules on [B, N, heads, head_dim]. The
+    scorer ``norm`` then looks at the rows before them (docs/method.md, section 10.5).
+
     ``through_lighthouse`` is off in dense layers, and in a dense step in all layers. It alone decides, so that the
     compiler makes two versions, and the layers of a dense step are what the dense layers always are.
     """
@@ -88,6 +91,8 @@ class LighthouseLlamaAttention(Attention):
         super().__init__(model_args)
         self.lighthouse: LighthouseAttention | None = None
         self.through_lighthouse = False
+        self.q_norm: nn.Module | None = None
+        self.k_norm: nn.Module | None = None
         self.rope = model_args.lighthouse_rope
 
     def forward(
@@ -101,6 +106,11 @@ class LighthouseLlamaAttention(Attention):
         assert attention_masks is None, "Lighthouse models are causal: upstream builds no masks for them"
         # -1: under tensor parallelism these are the rank's own heads.
         query, key, value = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        before = {}
+        if self.q_norm is not None and self.k_norm is not None:
+            if self.through_lighthouse and cast(LighthouseAttention, self.lighthouse).config.scorer == "norm":
+                before["score_by"] = (query.transpose(1, 2), key.transpose(1, 2))
+            query, key = self.q_norm(query), self.k_norm(key)
         angles = torch.view_as_real(freqs_cis)
         angles = angles[None, : x.shape[1]] if positions is None else angles[positions]
         attend: Callable[..., Tensor] = self.inner_attention
@@ -111,7 +121,7 @@ class LighthouseLlamaAttention(Attention):
         else:
             query, key = (rotate(rows, angles[:, :, None]) for rows in (query, key))
         heads = (rows.transpose(1, 2) for rows in (query, key, value))
-        out = attend(*heads, enable_gqa=self.enable_gqa)
+        out = attend(*heads, enable_gqa=self.enable_gqa, **before)
         return self.wo(out.transpose(1, 2).flatten(2))
 
 

@@ -18,7 +18,7 @@ import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchtitan.experiments.lighthouse.data.stream_loader import Header, nearest_divisors
 from torchtitan.experiments.lighthouse.errors import Refused
-from torchtitan.experiments.lighthouse.job_config import Lighthouse, MergedConfig, parse_layers
+from torchtitan.experiments.lighthouse.job_config import Lighthouse, MergedConfig
 from torchtitan.experiments.lighthouse.runs import fingerprints, may_change
 from torchtitan.experiments.lighthouse.runs.checkpoints import (
     CONFIG_FILE,
@@ -37,6 +37,8 @@ from torchtitan.experiments.lighthouse.runs.stages import (
     stage_number_of,
     tokens_per_step,
 )
+
+from lighthouse.layers import parse_layers
 
 GIVE_UP = "To give the data position up: -- --checkpoint.exclude_from_loading dataloader"
 
