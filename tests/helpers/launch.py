@@ -1,16 +1,23 @@
 """Starts real training runs for tests: the debug config made smaller, float32."""
 
+import contextlib
+import io
 import json
 import os
+import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torchtitan.experiments.lighthouse.train_spec  # noqa: F401  registers the model
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torchtitan.config import ConfigManager
+from torchtitan.experiments.lighthouse import resume_dense
 from torchtitan.experiments.lighthouse.data.tokenizer import build_tokenizer
+from torchtitan.experiments.lighthouse.runs import launch
 from torchtitan.experiments.lighthouse.runs.records import read_metrics
 from torchtitan.protocols.train_spec import get_train_spec
 
@@ -60,10 +67,35 @@ def run(words: list[str], *, check: bool = True, timeout: float = 240, **variabl
 
 def train(dump_folder: Path, nproc: int = 1, *, check: bool = True, **settings: str) -> subprocess.CompletedProcess:
     """Train to the end, without torchrun."""
-    result = ranks.start(nproc, arguments(dump_folder, **settings), environment())
+    return run_ranks(ranks.TRAINER, nproc, *arguments(dump_folder, **settings), check=check)
+
+
+def run_ranks(
+    program: str | Path, nproc: int, *words: str, check: bool = True, **variables: str
+) -> subprocess.CompletedProcess:
+    """A module or a file, on ranks that need not import what the trainer does."""
+    result = ranks.start(nproc, list(words), environment() | variables, program=str(program))
     if check and result.returncode:
-        raise AssertionError(f"{dump_folder}, {settings}\n{result.stdout[-6000:]}\n{result.stderr[-6000:]}")
+        raise AssertionError(f"{program} {' '.join(words)}\n{result.stdout[-6000:]}\n{result.stderr[-6000:]}")
     return result
+
+
+def _become(command: list[str]) -> None:
+    """As ``launch.execute``, but the trainer's processes are forked, and come back."""
+    _, _, module, *words = command
+    if module == launch.command("resume_dense")[-1]:
+        return resume_dense.main(words)
+    at = words.index(ranks.TRAINER)
+    processes = launch.read_torchrun(shlex.join(words[: at - 1])).per_node
+    print(run_ranks(ranks.TRAINER, processes, *words[at + 1 :]).stdout)
+
+
+def run_here(main: Callable[[list[str]], None], *words: str | Path | int) -> str:
+    """What a command prints that starts the trainer, and what that prints; without torchrun."""
+    printed = io.StringIO()
+    with mock.patch.object(launch, "execute", _become), contextlib.redirect_stdout(printed):
+        main([str(word) for word in words])
+    return printed.getvalue()
 
 
 def metrics(dump_folder: Path) -> list[dict]:

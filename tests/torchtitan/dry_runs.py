@@ -1,6 +1,7 @@
-"""Starts every run of the paper's table, up to its first step, at its full number of GPUs.
+"""Starts runs of the paper's table, up to their first step, at their full number of GPUs.
 
-    python tests/torchtitan/dry_runs.py FOLDER
+    python tests/torchtitan/dry_runs.py FOLDER            # all of them
+    python tests/torchtitan/dry_runs.py FOLDER NAME ...
 
 One process stands for all ranks (torchtitan's fake backend). Each run is a fork of one that has imported the trainer,
 which takes longer than to start it.
@@ -30,12 +31,11 @@ def start(name: str, outputs: Path) -> str:
     return name
 
 
-def main(outputs: Path) -> None:
-    # Twice as many as cores: at its end each run waits for ranks that are not there.
-    with multiprocessing.get_context("fork").Pool(4, maxtasksperchild=1) as pool:
-        for started in [pool.apply_async(start, (name, outputs)) for name in sweep.RUNS]:
+def main(outputs: Path, *names: str) -> None:
+    with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
+        for started in [pool.apply_async(start, (name, outputs)) for name in names or sweep.RUNS]:
             print(started.get(), flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

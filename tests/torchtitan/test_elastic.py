@@ -20,13 +20,12 @@ def position(run: Path, step: int, scratch: Path) -> dict[str, str]:
     return {key: value for key, value in saved.items() if key != "streams"}
 
 
-def test_a_run_on_two_ranks_then_one_then_four_equals_one_that_was_not_moved(tmp_path):
-    """In losses to rounding, and in its data position exactly. The last part splits each sequence over two of its four
-    processes."""
+def test_a_run_on_two_ranks_then_four_then_one_equals_one_that_was_not_moved(tmp_path):
+    """In losses to rounding, and in its data position exactly. The four split each sequence over two of them."""
     whole, moved = tmp_path / "whole", tmp_path / "moved"
     train(whole, 2, training__steps="6", **STEADY)
-    parts = [("2", 2, {}), ("4", 1, {"training__local_batch_size": "2"})]
-    parts += [("6", 4, {"parallelism__context_parallel_degree": "2"})]
+    parts = [("2", 2, {}), ("4", 4, {"parallelism__context_parallel_degree": "2"})]
+    parts += [("6", 1, {"training__local_batch_size": "2"})]
     for steps, processes, settings in parts:
         train(moved, processes, training__steps=steps, **STEADY, **settings)
     ours, theirs = losses(moved), losses(whole)

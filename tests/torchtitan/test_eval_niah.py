@@ -18,7 +18,7 @@ from torchtitan.experiments.lighthouse.evaluation import needle
 from torchtitan.experiments.lighthouse.evaluation.needle import CONTEXTS, DEPTHS, Cell, Haystack, Subject
 from torchtitan.experiments.lighthouse.runs import settings as run_settings
 
-from helpers.launch import REPOSITORY, run, train
+from helpers.launch import REPOSITORY, run_ranks, train
 
 SCRIPT = REPOSITORY / "scripts/eval_niah.py"
 BYTES = Tokenizer.from_file(f"{BYTE_TOKENIZER_PATH}/tokenizer.json")
@@ -225,8 +225,7 @@ def test_a_whole_run_on_one_process_and_two(checkpoint, tmp_path, capsys):
     assert report["cells"] == [{key: json.loads(value) for key, value in row.items()} for row in table]
     assert (stage1 / "niah/niah.png").read_bytes().startswith(b"\x89PNG")
 
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    result = run([*torchrun, str(SCRIPT), str(checkpoint), *words])
+    result = run_ranks(SCRIPT, 2, str(checkpoint), *words, TORCHELASTIC_RUN_ID="none")  # as if by torchrun
     assert (stage1 / "niah-step-1/niah.csv").read_bytes() == (stage1 / "niah/niah.csv").read_bytes()
     assert result.stdout.count("512 tokens") == 1
 

@@ -29,6 +29,7 @@ from helpers.launch import (
     metrics,
     next_batches,
     run,
+    run_here,
     train,
 )
 from helpers.settings import parse
@@ -50,10 +51,6 @@ def copy(stage1, tmp_path) -> Path:
     return shutil.copytree(stage1, tmp_path / "stage1")
 
 
-def resume(*words, check=True):
-    return run([sys.executable, str(SCRIPT), *map(str, words)], check=check)
-
-
 def contents(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(f): (f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.rglob("*")) if f.is_file()}
 
@@ -68,9 +65,7 @@ def refusal(capsys, *words) -> str:
 def test_stage_2_takes_everything_over_and_survives_interruption(stage1, tmp_path):
     before = contents(stage1)
     stage2 = tmp_path / "stage2"
-    result = resume(stage1, "--total-steps", 6, "--dump-folder", stage2)
-
-    log = result.stdout
+    log = run_here(resume_dense.main, stage1, "--total-steps", 6, "--dump-folder", stage2)
     assert re.search(r"dense in all 6 layers", log)
     assert f"Stage 1 checkpoint: {stage1}/checkpoint/step-4" in log
     assert re.search(r"stage2 starts after step 4, 4,096 tokens seen; learning rate 2\.0000e-03\n", log)
@@ -91,12 +86,12 @@ def test_stage_2_takes_everything_over_and_survives_interruption(stage1, tmp_pat
     # Interrupted while it saved its first checkpoint: the unfinished one is set aside, Stage 1's is read again.
     shutil.rmtree(stage2 / "checkpoint")
     (stage2 / "checkpoint/step-6").mkdir(parents=True)
-    resume(stage1, "--total-steps", 6, "--dump-folder", stage2)
+    run_here(resume_dense.main, stage1, "--total-steps", 6, "--dump-folder", stage2)
     assert (stage2 / "checkpoint.unfinished-1/step-6").is_dir()
     assert_same_training_state(load_checkpoint(stage2 / "checkpoint/step-6", tmp_path / "again"), theirs)
-    # Complete: nothing more happens. Longer: it goes on from its own checkpoint.
-    assert "is complete" in resume(stage1, "--total-steps", 6, "--dump-folder", stage2).stdout
-    longer = resume(stage1, "--total-steps", 7, "--dump-folder", stage2).stdout
+    # Complete: nothing more happens. Longer, by the script and torchrun: it goes on from its own checkpoint.
+    assert "is complete" in run_here(resume_dense.main, stage1, "--total-steps", 6, "--dump-folder", stage2)
+    longer = run([sys.executable, *map(str, (SCRIPT, stage1, "--total-steps", 7, "--dump-folder", stage2))]).stdout
     assert f"Loading the checkpoint from {stage2}/checkpoint/step-6" in longer and 7 in losses(stage2)
 
 
@@ -115,14 +110,14 @@ def test_a_chain_changes_attention_and_context_and_keeps_all_else(short, tmp_pat
     """Dense at 512 tokens, through Lighthouse at 2,048, dense at 2,048: one schedule, one stream of tokens."""
     middle, last = tmp_path / "middle", tmp_path / "last"
     words = ["--attention", "lighthouse", "--seq-len", 2048, "--total-steps", 4, "--dump-folder", middle]
-    log = resume(short, *words, "--", "--lighthouse.layers", "1-3").stdout
+    log = run_here(resume_dense.main, short, *words, "--", "--lighthouse.layers", "1-3")
     assert f"Stage 2 from {short}/checkpoint/step-2 (step 2) to step 4, through Lighthouse" in log
     assert "training.seq_len: 512 -> 2048" in log and "training.local_batch_size: 4 -> 1" in log
     assert "Lighthouse in 3 of 6 layers (1-3)" in log and f"Stage 1 checkpoint: {short}/checkpoint/step-2" in log
     assert (
         re.search(r"stage2 starts after step 2, 4,096 tokens seen; learning rate \S+\n", log) and "Not as in" not in log
     )
-    log = resume(middle, "--dump-folder", last).stdout
+    log = run_here(resume_dense.main, middle, "--dump-folder", last)
     assert f"Stage 3 from {middle}/checkpoint/step-4 (step 4) to step 6, dense" in log and "Stage 3, step 5 of 6" in log
     assert "dense in all 6 layers" in log and f"Stage 2 checkpoint: {middle}/checkpoint/step-4" in log
     records = [record for folder in (short, middle, last) for record in metrics(folder)]

@@ -1,7 +1,6 @@
 """The paper's runs by name."""
 
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 from torchtitan.experiments.lighthouse import sweep
 from torchtitan.experiments.lighthouse.runs.settings import build_model
 
-from helpers.launch import REPOSITORY, config_of, losses, run
+from helpers.launch import config_of, losses, run_here, run_ranks
 
 #: Selected rows as the paper's table prints them.
 PUBLISHED_ROWS = {
@@ -34,11 +33,15 @@ def test_every_run_builds_with_the_published_geometry(name):
     assert len(routed) == {"dense": 0, "l4-p4-k4096-norm-1m-cp8": 30}.get(name, 26)
 
 
-def test_every_run_starts_at_its_full_size(tmp_path):
-    """Up to its first step, FSDP and context parallelism included."""
-    worker = Path(__file__).with_name("dry_runs.py")
-    started = run([sys.executable, str(worker), str(tmp_path)]).stdout
-    assert set(sweep.RUNS) <= set(started.splitlines())
+def test_runs_of_every_kind_start_at_their_full_size(tmp_path):
+    """Up to their first step, FSDP and context parallelism included: of each settings file and scorer the first and
+    the last. (Others of a kind differ in numbers only, which the test above has checked.)"""
+    kinds: dict[tuple[str, bool], list[str]] = {}
+    for name, run in sweep.RUNS.items():
+        kinds.setdefault((run.config, "dilated" in name), []).append(name)
+    names = {name for of_kind in kinds.values() for name in (of_kind[0], of_kind[-1])}
+    started = run_ranks(Path(__file__).with_name("dry_runs.py"), 1, str(tmp_path), *sorted(names)).stdout
+    assert names <= set(started.splitlines()) and len(kinds) == 6
 
 
 def test_splits_share_one_schedule():
@@ -73,10 +76,9 @@ def test_both_stages_of_a_run_made_small(tmp_path):
         "--compile.no-enable --training.mixed_precision_param=float32 --metrics.log_freq=1 "
         "--metrics.no-enable_tensorboard"
     )
-    command = [sys.executable, str(REPOSITORY / "scripts/sweep.py")]
     where = ["l3-p4-k1536-norm", "--outputs", str(tmp_path), "--torchrun", "--standalone --nproc_per_node 1"]
-    run([*command, "run", *where, "--", *small])
-    run([*command, "stage2", *where])
+    run_here(sweep.main, "run", *where, "--", *small)
+    run_here(sweep.main, "stage2", *where)
     stages = [tmp_path / "l3-p4-k1536-norm" / stage for stage in ("stage1", "stage2")]
     assert [list(losses(stage)) for stage in stages] == [[1, 2], [3]]
     assert [config_of(stage)["lighthouse"]["enable"] for stage in stages] == [True, False]

@@ -1,6 +1,6 @@
-"""One rank of ``test_parallel.py``: the parallelised debug model against the plain one, losses and gradients.
+"""One rank of ``test_parallelize.py``: the parallelised debug model against the plain one, losses and gradients.
 
-Run by torchrun on CPU with the layout as arguments: dp_replicate dp_shard tp [overrides …].
+Runs on CPU, with a settings file and the layout as arguments: dp_replicate dp_shard tp [overrides …].
 """
 
 import sys

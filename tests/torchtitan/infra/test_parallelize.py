@@ -1,4 +1,3 @@
-import sys
 from pathlib import Path
 
 import pytest
@@ -6,7 +5,7 @@ import torch
 from torch.distributed.tensor.experimental._context_parallel._load_balancer import _HeadTailLoadBalancer
 from torchtitan.experiments.lighthouse.seams.context_parallel import remember_layout
 
-from helpers.launch import CONFIG, SMALL, flags, run
+from helpers.launch import CONFIG, SMALL, flags, run_ranks
 
 WINDOWED = ["--lighthouse.selection=causal", "--lighthouse.local_window=128"]
 FLOAT32 = flags({name: value for name, value in SMALL.items() if not name.startswith("checkpoint.")})
@@ -26,12 +25,7 @@ def test_parallel_equals_one_process(layout, overrides):
     """Loss and every gradient of a step on the same sequences, float32, gloo."""
     world_size = layout[0] * layout[1] * layout[2]
     worker = Path(__file__).with_name("parallel_worker.py")
-    run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"),
-            *(str(worker), str(CONFIG), *map(str, layout), *FLOAT32, *overrides),
-        ]
-    )
+    run_ranks(worker, world_size, str(CONFIG), *map(str, layout), *FLOAT32, *overrides)
 
 
 def test_the_layout_of_a_split_sequence_is_made_once():

@@ -1,0 +1,8 @@
+"""What takes long in a trainer's process and is the same in all: ranks are forked from a process that has done it."""
+
+from torchtitan.experiments.lighthouse import train  # noqa: F401
+from torchtitan.experiments.lighthouse.data.text_datasets import training_files
+from torchtitan.experiments.lighthouse.job_config import Training
+
+for dataset in ("stdlib", "stdlib_validation"):
+    training_files(Training(dataset=dataset))  # a walk through Python's own library
