@@ -1,5 +1,6 @@
 import copy
 import json
+import logging.handlers
 import shlex
 import shutil
 import sys
@@ -156,7 +157,7 @@ def test_the_tokenizer_gives_the_trainers_ids(dense):
     assert (theirs.bos_token_id, theirs.eos_token_id) == (256, 257)
 
 
-def test_stage_1_is_exported_with_a_warning_and_stage_2_without(debug, tmp_path, capsys):
+def test_stage_1_is_exported_with_a_warning_and_stage_2_without(debug, tmp_path, capsys, recwarn):
     stage1 = save_run(tmp_path / "stage1")
     export_hf.main([str(stage1 / "checkpoint/step-4")])
     printed = capsys.readouterr()
@@ -164,9 +165,14 @@ def test_stage_1_is_exported_with_a_warning_and_stage_2_without(debug, tmp_path,
     assert f"python scripts/resume_dense.py {stage1}/checkpoint/step-4" in printed.err
     assert (stage1 / "hf-step-4/model.safetensors").is_file()
 
+    recwarn.clear()
+    said = logging.handlers.BufferingHandler(100)
+    logging.getLogger("transformers").addHandler(said)
     export_hf.main([str(debug), "--output", str(tmp_path / "dense")])
+    logging.getLogger("transformers").removeHandler(said)
     printed = capsys.readouterr()
-    assert "WARNING" not in printed.out + printed.err
+    assert printed.err == "" and "WARNING" not in printed.out
+    assert [record.getMessage() for record in said.buffer] == [str(warning.message) for warning in recwarn] == []
     size = sum(file.stat().st_size for file in (tmp_path / "dense").iterdir())
     parameters = sum(weight.numel() for weight in meta_model("debug").parameters())
     assert (

@@ -15,6 +15,7 @@ from torchtitan.experiments.lighthouse.errors import Refused
 from torchtitan.experiments.lighthouse.evaluation import positions
 from torchtitan.experiments.lighthouse.runs import settings as run_settings
 
+from helpers.checkpoints import save_settings
 from helpers.launch import REPOSITORY, metrics, train
 
 SEQUENCES = 3
@@ -157,7 +158,7 @@ def test_as_trained_runs_through_lighthouse(run, tmp_path):
     config = json.loads((run / "config.json").read_text())
     config["lighthouse"]["enable"] = True
     config["validation"]["enable"] = False  # then it is the training set's twin
-    (folder / "config.json").write_text(json.dumps(config))
+    save_settings(folder, config)
     losses = []
     for words in ([], ["--as-trained"]):
         evaluate.main([str(folder), "--sequences", "1", "--output", str(tmp_path / "out"), *words])

@@ -19,6 +19,8 @@ from torchtitan.experiments.lighthouse import (
     resume_dense,
 )
 from torchtitan.experiments.lighthouse.errors import REFUSED, Refused
+from torchtitan.experiments.lighthouse.runs import manifest
+from torchtitan.experiments.lighthouse.runs.checkpoints import settings_of
 from torchtitan.experiments.lighthouse.runs.settings import complete, model_arguments, read_settings
 
 from helpers.launch import SMALL, flags
@@ -90,3 +92,25 @@ def test_a_module_that_fails_is_named_with_its_error(run):
     settings.experimental = replace(settings.experimental, custom_import="my_models")
     with pytest.raises(Refused, match=r"^experimental.custom_import='my_models' in the settings .*\(ZeroDivisionError"):
         complete(settings)
+
+
+def test_a_checkpoints_own_settings_count_and_the_runs_where_it_has_none_or_its_files_have_moved(run, tmp_path):
+    """The run's file is of its last start, and the checkpoint may be of an earlier one."""
+    checkpoint, now = run / "checkpoint/step-4", json.loads((run / "config.json").read_text())
+    assert settings_of(checkpoint) == now
+    manifest.write(checkpoint, {}, {"settings": {}, "versions": {}, "fingerprints": {}}, step=4, last_of_stage=True)
+    assert settings_of(checkpoint) == now  # imported weights
+    before = copy.deepcopy(now)
+    before["lighthouse"]["top_k"] = 384
+    before["model"]["hf_assets_path"] = str(tmp_path / "where/it/was")
+    about = {"settings": before, "versions": {}, "fingerprints": {}}
+    manifest.write(checkpoint, {}, about, step=4, last_of_stage=True)
+    settings = read_settings(checkpoint)
+    assert settings.lighthouse.top_k == 384 != now["lighthouse"]["top_k"]
+    assert settings.model.hf_assets_path == now["model"]["hf_assets_path"]
+    (run / "config.json").unlink()
+    assert read_settings(checkpoint).model.hf_assets_path == before["model"]["hf_assets_path"]
+    assert settings_of(checkpoint)["lighthouse"]["top_k"] == 384
+    (checkpoint / manifest.MANIFEST_FILE).unlink()
+    with pytest.raises(Refused, match=r"config\.json is missing"):
+        settings_of(checkpoint)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import shlex
 import shutil
 import sys
@@ -83,7 +84,7 @@ def export(
         raise Refused(f"{assets}, the run's model.hf_assets_path, is not here; name its tokenizer with --tokenizer")
     trained_with = build_tokenizer(settings)
 
-    with written_whole(output, "model*.safetensors", checkpoint, overwrite) as folder:
+    with written_whole(output, "model*.safetensors", checkpoint, overwrite) as folder, _rotary_settings_as_they_are():
         model = load_model(checkpoint, settings, dense=True, device="cpu")
         config = hf_config(model, bos_token_id=trained_with.bos_id, eos_token_id=trained_with.eos_id)
         weights = Llama3StateDictAdapter(model.model_args, None).to_hf(model.state_dict())
@@ -320,6 +321,28 @@ def _add_older_rotary_settings(config_file: Path) -> None:
     scaling = dict(config["rope_parameters"])
     config |= {"rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling}
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+@contextmanager
+def _rotary_settings_as_they_are() -> Iterator[None]:
+    """Without transformers' warning that Llama 3's scaling is for contexts beyond 8,192 tokens; and without its bar.
+
+    The rotary settings are those that the model was trained with, and shorter contexts are allowed.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    def is_wanted(record: logging.LogRecord) -> bool:
+        return "original_max_position_embeddings" not in record.getMessage()
+
+    logger, bar = logging.getLogger("transformers.modeling_rope_utils"), transformers_logging.is_progress_bar_enabled()
+    logger.addFilter(is_wanted)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_wanted)
+        if bar:
+            transformers_logging.enable_progress_bar()
 
 
 def _begin_with(token: str, token_id: int, tokenizer_file: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +17,7 @@ from torchtitan.experiments.lighthouse.data.tokenizer import utf8_bytes
 from torchtitan.experiments.lighthouse.errors import DataError, Refused
 from torchtitan.experiments.lighthouse.job_config import MergedConfig
 from torchtitan.experiments.lighthouse.model.model import LighthouseTransformer
-from torchtitan.experiments.lighthouse.runs.checkpoints import config_file_of
+from torchtitan.experiments.lighthouse.runs.checkpoints import settings_of
 from torchtitan.experiments.lighthouse.runs.settings import load_model
 from torchtitan.hf_datasets.text_datasets import DATASETS
 
@@ -91,7 +90,7 @@ def held_out_data(path: Path, dataset: str | None, dataset_path: str | None) -> 
     Raises:
         Refused: for a dataset that does not exist.
     """
-    saved = json.loads(config_file_of(path).read_text())
+    saved = settings_of(path)
     if dataset is None:
         section = saved.get("validation", {})
         if section.get("enable"):

@@ -123,6 +123,33 @@ def saved_with(checkpoint: Path) -> dict[str, Any] | None:
     return saved
 
 
+def settings_of(path: Path) -> dict[str, Any]:
+    """The settings that ``path`` was trained with, by today's names: a checkpoint, or a dump folder.
+
+    A checkpoint's manifest says it. The run's config.json is of its last start: it counts where there is no manifest,
+    and for a tokenizer or data that do not lie any more where the manifest has them.
+
+    Raises:
+        Refused: if neither is there.
+    """
+    saved = saved_with(path) if is_checkpoint(path) else None
+    if saved is None or "job" not in saved["settings"]:  # weights that were imported have none
+        return read_config(config_file_of(path))
+    settings: dict[str, Any] = saved["settings"]
+    file = dump_folder_of(path) / CONFIG_FILE
+    if file.is_file():
+        now = read_config(file)
+        for section, name in (
+            ("model", "hf_assets_path"),
+            ("training", "dataset_path"),
+            ("validation", "dataset_path"),
+        ):
+            here, moved = (config.get(section, {}).get(name) for config in (settings, now))
+            if here and moved and not Path(here).exists():
+                settings[section][name] = moved
+    return settings
+
+
 def find_checkpoint(path: Path, verify: Verify = "digest") -> Path:
     """The checkpoint at ``path``: a ``step-N`` folder, or a run's dump folder, whose newest sound one it is.
 

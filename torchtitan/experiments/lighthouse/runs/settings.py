@@ -6,6 +6,7 @@ import copy
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
@@ -22,9 +23,9 @@ from torchtitan.experiments.lighthouse.model.model import LighthouseTransformer
 from torchtitan.experiments.lighthouse.model.sizes import Llama
 from torchtitan.experiments.lighthouse.runs.checkpoints import (
     CONFIG_FILE,
-    config_file_of,
     read_config,
     read_metadata,
+    settings_of,
 )
 from torchtitan.experiments.lighthouse.seams.unpickle import AllowListPlanner, AllowListReader
 from torchtitan.protocols.model import BaseModelArgs
@@ -38,9 +39,8 @@ def read_settings(checkpoint: Path) -> MergedConfig:
     Raises:
         Refused: where a module that they name cannot be imported.
     """
-    file = config_file_of(checkpoint)
-    saved = read_config(file)
-    import_modules(saved, str(file))
+    saved = settings_of(checkpoint)
+    import_modules(saved, str(checkpoint))
     parsed = ConfigManager().parse_args(["--job.custom_config_module", saved["job"]["custom_config_module"]])
     settings = cast(MergedConfig, parsed)  # by that module
     for section in ("model", "llama", "lighthouse", "training"):
@@ -154,5 +154,8 @@ def load_model(
         model.init_weights(buffer_device=torch.device(device))
     state = model.state_dict()
     reader, planner = AllowListReader(checkpoint), AllowListPlanner()
-    state_dict_loader.load(state, storage_reader=reader, planner=planner, no_dist=True)
+    with warnings.catch_warnings():
+        # torch guesses aloud that one process is meant, which ``no_dist`` has told it.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        state_dict_loader.load(state, storage_reader=reader, planner=planner, no_dist=True)
     return model.eval()
