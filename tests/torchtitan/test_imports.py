@@ -15,7 +15,7 @@ COMMANDS = ["resume_dense", "eval_niah", "export_hf", "report", "sweep", "evalua
 
 #: Modules that cannot do their work without the models: they build or train one, or list the flavors.
 NEED_MODELS = {"train", "train_spec", "hugging_face", "runs.settings", "runs.contract"}
-NEED_MODELS |= {"evaluation.needle", "evaluation.positions", "evaluation.causality"}
+NEED_MODELS |= {"evaluation.needle", "evaluation.positions", "evaluation.subjects", "evaluation.causality"}
 
 
 def modules() -> list[str]:

@@ -9,14 +9,15 @@ from itertools import pairwise
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torchtitan.experiments.lighthouse import evaluate
+from torchtitan.experiments.lighthouse import evaluate, export_hf
 from torchtitan.experiments.lighthouse.data.tokenizer import build_tokenizer, utf8_bytes
 from torchtitan.experiments.lighthouse.errors import Refused
-from torchtitan.experiments.lighthouse.evaluation import positions
+from torchtitan.experiments.lighthouse.evaluation import positions, subjects
 from torchtitan.experiments.lighthouse.runs import settings as run_settings
 
 from helpers.checkpoints import save_settings
 from helpers.launch import REPOSITORY, metrics, train
+from helpers.launch import run as run_program
 
 SEQUENCES = 3
 
@@ -109,7 +110,7 @@ def test_bytes_of_a_tokenizer_that_joins_them():
 @pytest.mark.parametrize(
     ("seq_len", "edges"),
     [
-        (98304, [0, 8192, 16384, 32768, 65536, 98304]),
+        (98304, [0, 4096, 8192, 16384, 32768, 65536, 98304]),
         (32768, [0, 2048, 4096, 8192, 16384, 32768]),
         (2, [0, 1, 2]),
         (1, [0, 1]),
@@ -187,3 +188,50 @@ def test_help_does_not_wait_for_torch():
     result = subprocess.run(words, capture_output=True, text=True, check=True)
     assert "--as-trained" in result.stdout
     assert not any(line.split("|")[-1].strip() == "torch" for line in result.stderr.splitlines())
+
+
+def test_a_hugging_face_folder_has_the_loss_of_the_run_that_it_was_exported_from(run, tmp_path):
+    pytest.importorskip("transformers", reason="needs transformers (the extra 'hf')")
+    export_hf.main([str(run), "--output", str(tmp_path / "hf")])
+    found = []
+    for words in ([str(run)], [str(tmp_path / "hf"), "--dataset", "stdlib_validation"]):
+        evaluate.main(
+            [*words, "--sequences", "1", "--output", str(tmp_path / "out"), "--", "--validation.max_bad_records", "1"]
+        )
+        found.append(json.loads((tmp_path / "out/evaluate.json").read_text()))
+    ours, theirs = ([(b["loss"], b["bits_per_byte"]) for b in report["buckets"]] for report in found)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+    assert found[0]["curve"][-1]["loss"] == pytest.approx(found[1]["curve"][-1]["loss"], rel=1e-5)
+    assert (tmp_path / "out/loss_by_position.png").read_bytes().startswith(b"\x89PNG")
+    for words, message in (([], "names no data; say which with --dataset"), (["--as-trained"], "leave it out")):
+        with pytest.raises(SystemExit, match=message):
+            evaluate.main([str(tmp_path / "hf"), *words])
+
+
+def test_processes_share_the_sequences_and_find_the_same(run, tmp_path):
+    evaluate.main([str(run), "--sequences", "3", "--output", str(tmp_path / "one")])
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    words += [str(REPOSITORY / "scripts/evaluate.py"), str(run), "--sequences", "3", "--output", str(tmp_path / "two")]
+    result = run_program(words)
+    assert result.stdout.count("nats/token") == 1
+    one, two = (json.loads((tmp_path / name / "evaluate.json").read_text()) for name in ("one", "two"))
+    assert two["settings"]["sequences"] == 3
+    for a, b in zip(one["buckets"] + one["curve"], two["buckets"] + two["curve"], strict=True):
+        assert a == pytest.approx(b, rel=1e-9)
+
+
+def test_settings_after_the_dashes_replace_the_runs(run):
+    settings = run_settings.read_settings(run / "checkpoint/step-1")
+    before = settings.training.seq_len
+    words = ["--validation.max_bad_records", "3", "--lighthouse.no-cover-start", "--training.dataset=c4_local"]
+    changed = subjects.overridden(settings, words)
+    assert changed.validation.max_bad_records == 3 and not changed.lighthouse.cover_start
+    assert changed.training.dataset == "c4_local" and changed.training.seq_len == before
+
+
+def test_a_curve_covers_every_position_once():
+    losses = torch.rand(5000, dtype=torch.float64)
+    points = positions.curve(losses)
+    assert [point["start"] for point in points][1:] == [point["end"] for point in points][:-1]
+    assert sum(point["loss"] * (point["end"] - point["start"]) for point in points) == pytest.approx(losses.sum())

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
+from typing import Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.experiments.lighthouse.data.text_datasets import build_validation_dataloader
 from torchtitan.experiments.lighthouse.data.tokenizer import utf8_bytes
@@ -23,6 +24,22 @@ from torchtitan.hf_datasets.text_datasets import DATASETS
 
 #: Logits that exist at a time: 512 MiB in float32, of which a few copies live.
 CHUNK_LOGITS = 2**27
+
+
+class Scored(Protocol):
+    """A language model in parts, so that its logits need not exist all at once."""
+
+    @property
+    def norm(self) -> nn.Module: ...
+
+    @property
+    def output(self) -> nn.Module:
+        """Its weight has a row for each token of the vocabulary."""
+        ...
+
+    def hidden_states(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, N] to what ``norm`` and then ``output`` make logits of."""
+        ...
 
 
 @dataclass
@@ -56,10 +73,21 @@ class Bucket:
         return asdict(self) | {"loss": self.loss, "bits_per_byte": self.bits_per_byte}
 
 
-def default_edges(seq_len: int) -> list[int]:
-    """0, the four largest powers of two below ``seq_len``, and ``seq_len``: 0, 8K, 16K, 32K, 64K, 96K of 98,304."""
+#: Where the first of the buckets of a long context ends.
+FIRST_BUCKET = 4096
+
+#: How many points a curve has.
+POINTS = 64
+
+
+def default_edges(seq_len: int, smallest: int | None = None) -> list[int]:
+    """0, powers of two below ``seq_len``, and ``seq_len``: 0, 8K, 16K, 32K, 64K, 96K of 98,304.
+
+    The four largest of them, and all others from ``smallest`` on.
+    """
     powers = [2**n for n in range((seq_len - 1).bit_length()) if 2**n < seq_len]
-    return [0, *powers[-4:], seq_len]
+    others = [power for power in powers[:-4] if smallest is not None and power >= smallest]
+    return [0, *others, *powers[-4:], seq_len]
 
 
 def choose_edges(asked: Sequence[int] | None, seq_len: int) -> list[int]:
@@ -69,7 +97,7 @@ def choose_edges(asked: Sequence[int] | None, seq_len: int) -> list[int]:
         Refused: for an edge outside the sequence, or edges that do not ascend.
     """
     if asked is None:
-        return default_edges(seq_len)
+        return default_edges(seq_len, FIRST_BUCKET)
     for edge in asked:
         if not 0 <= edge <= seq_len:
             raise Refused(
@@ -149,7 +177,7 @@ def load(checkpoint: Path, settings: MergedConfig, *, dense: bool, device: torch
 
 
 @torch.inference_mode()
-def losses_and_hits(model: LighthouseTransformer, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def losses_and_hits(model: LighthouseTransformer | Scored, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Of every position, the loss, and whether the label has the highest logit.
 
     The logits exist for some positions at a time: 98,304 tokens over 128,256 words would be 50 GB in float32.
@@ -169,7 +197,8 @@ def losses_and_hits(model: LighthouseTransformer, inputs: Tensor, labels: Tensor
     # As the trainer computes: bfloat16 products on an accelerator.
     with torch.autocast(device, torch.bfloat16, enabled=device != "cpu"):
         hidden = model.hidden_states(inputs)
-        rows = max(128, CHUNK_LOGITS // model.output.weight.shape[0] // hidden.shape[0])
+        vocabulary = cast(Tensor, model.output.weight).shape[0]
+        rows = max(128, CHUNK_LOGITS // vocabulary // hidden.shape[0])
         for start in range(0, inputs.shape[1], rows):
             chunk = slice(start, start + rows)
             logits = model.output(model.norm(hidden[:, chunk]))
@@ -185,13 +214,18 @@ def losses_and_hits(model: LighthouseTransformer, inputs: Tensor, labels: Tensor
 
 
 def by_position(
-    model: LighthouseTransformer,
+    model: LighthouseTransformer | Scored,
     sequences: Iterable[tuple[Tensor, Tensor]],
     edges: Sequence[int],
     tokenizer: HuggingFaceTokenizer,
     device: torch.device,
+    nats_at: Tensor | None = None,
 ) -> tuple[list[Bucket], int]:
-    """The loss in every bucket over all ``sequences``, and how many these were."""
+    """The loss in every bucket over all ``sequences``, and how many these were.
+
+    Args:
+        nats_at: [N] float64 on the host; the loss at each position is added to it.
+    """
     buckets = [Bucket(start, end) for start, end in pairwise(edges)]
     count = 0
     for inputs, labels in sequences:
@@ -199,6 +233,8 @@ def by_position(
         # Summed in float64: the sum over many sequences would lose what one token adds to it.
         loss = loss.double().cpu()
         count += len(loss)
+        if nats_at is not None:
+            nats_at += loss.sum(0)
         for bucket in buckets:
             part = slice(bucket.start, bucket.end)
             bucket.add(loss[:, part], sum(utf8_bytes(row, tokenizer) for row in labels[:, part].tolist()))
@@ -209,6 +245,13 @@ def total(buckets: Sequence[Bucket]) -> Bucket:
     """All buckets as one."""
     summed = {name: sum(getattr(bucket, name) for bucket in buckets) for name in ("tokens", "bytes", "nats")}
     return Bucket(buckets[0].start, buckets[-1].end, **summed)
+
+
+def curve(loss_at: Tensor) -> list[dict[str, float]]:
+    """Means of the losses [N] over up to ``POINTS`` stretches, each longer than the one before it."""
+    length = len(loss_at)
+    edges = sorted({0, length, *(round(length ** (n / POINTS)) for n in range(POINTS))})
+    return [{"start": start, "end": end, "loss": loss_at[start:end].mean().item()} for start, end in pairwise(edges)]
 
 
 def table(buckets: Sequence[Bucket]) -> str:

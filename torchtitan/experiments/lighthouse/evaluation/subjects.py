@@ -1,0 +1,157 @@
+"""What ``evaluate`` looks at: a run's checkpoint, or a Hugging Face folder, with its tokenizer and its settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, is_dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
+from torchtitan.config import ConfigManager
+from torchtitan.experiments.lighthouse.data.tokenizer import build_tokenizer
+from torchtitan.experiments.lighthouse.errors import Refused
+from torchtitan.experiments.lighthouse.evaluation import positions
+from torchtitan.experiments.lighthouse.job_config import MergedConfig
+from torchtitan.experiments.lighthouse.runs import checkpoints
+from torchtitan.experiments.lighthouse.runs.settings import read_settings
+
+#: On as many tokens it is seen whether a Hugging Face model's logits are those of its output layer alone.
+PROBE = 32
+
+
+@dataclass
+class Subject:
+    path: Path
+    """The checkpoint, or the Hugging Face folder."""
+    output: Path
+    """Where the result goes, if nothing else is said."""
+    attention: str
+    settings: MergedConfig
+    """Of the run; of a Hugging Face folder, the defaults with its context and its tokenizer"""
+    tokenizer: HuggingFaceTokenizer
+    load: Callable[[torch.device], positions.Scored]
+
+
+def is_hugging_face(path: Path) -> bool:
+    """A Hugging Face folder's config.json names a model type, a run's does not."""
+    file = path / checkpoints.CONFIG_FILE
+    return file.is_file() and "model_type" in json.loads(file.read_text())
+
+
+def open_run(checkpoint: Path, output: Path, as_trained: bool, seq_len: int | None, words: Sequence[str]) -> Subject:
+    """
+    Args:
+        checkpoint: sound.
+        seq_len: in place of the run's context.
+        words: settings that replace the run's, as on the trainer's command line.
+
+    Raises:
+        Refused: for settings that do not exist, or a tokenizer that is missing.
+    """
+    settings = overridden(read_settings(checkpoint), words)
+    if seq_len is not None:
+        settings.training = replace(settings.training, seq_len=seq_len)
+    lighthouse = settings.lighthouse.enable and as_trained
+    return Subject(
+        checkpoint,
+        output,
+        "as trained, through Lighthouse" if lighthouse else "dense",
+        settings,
+        _tokenizer(settings),
+        lambda device: positions.load(checkpoint, settings, dense=not as_trained, device=device),
+    )
+
+
+def open_hugging_face(folder: Path, seq_len: int | None, words: Sequence[str]) -> Subject:
+    """
+    Args:
+        seq_len: in place of ``max_position_embeddings``.
+        words: settings, as on the trainer's command line: they say how the data is read.
+
+    Raises:
+        Refused: for a folder without a tokenizer, or settings that do not exist.
+    """
+    from torchtitan.experiments.lighthouse.hugging_face import require_transformers
+
+    require_transformers()
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    length = seq_len or getattr(config, "max_position_embeddings", None)
+    if length is None:
+        raise Refused(f"{folder}: its config has no max_position_embeddings; say how long sequences are with --seq-len")
+    custom = "torchtitan.experiments.lighthouse.job_config"
+    settings = cast(MergedConfig, ConfigManager().parse_args(["--job.custom_config_module", custom]))
+    settings.model = replace(settings.model, hf_assets_path=str(folder))
+    settings.training = replace(settings.training, seq_len=length)
+    settings = overridden(settings, words)
+    return Subject(
+        folder, folder / "evaluate", "dense", settings, _tokenizer(settings), lambda device: HuggingFace(folder, device)
+    )
+
+
+def overridden(settings: MergedConfig, words: Sequence[str]) -> MergedConfig:
+    """The same settings, in place, with those that ``words`` give as on the trainer's command line.
+
+    Raises:
+        Refused: naming a word that is none.
+    """
+    if not words:
+        return settings
+    module = settings.job.custom_config_module
+    try:
+        parsed: Any = ConfigManager().parse_args(["--job.custom_config_module", module, *words])
+    except SystemExit as stop:  # tyro has said why
+        raise Refused(f"{' '.join(words)}: no settings of the trainer") from stop
+    for word in words:
+        section, _, name = word.removeprefix("--").partition("=")[0].partition(".")
+        if not word.startswith("--") or not is_dataclass(getattr(settings, section, None)):
+            continue  # the value of the one before
+        known = vars(getattr(parsed, section))
+        field = next(
+            (f for f in (name.replace("-", "_"), name.removeprefix("no-").replace("-", "_")) if f in known), None
+        )
+        if field is not None:
+            setattr(settings, section, replace(getattr(settings, section), **{field: known[field]}))
+    return settings
+
+
+class HuggingFace(nn.Module):
+    """A causal language model of transformers, dense, in float32, as ``positions.Scored``."""
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        """
+        Raises:
+            Refused: if its logits are more than its output layer makes of the last hidden state.
+        """
+        super().__init__()
+        from transformers import AutoModelForCausalLM
+
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+        model = model.to(device).eval()
+        self.body: nn.Module = model.base_model
+        self.norm: nn.Module = nn.Identity()
+        self.output: nn.Module = model.get_output_embeddings()
+        tokens = torch.arange(PROBE, device=device)[None] % cast(Tensor, self.output.weight).shape[0]
+        with torch.inference_mode():
+            whole, parts = model(tokens, use_cache=False).logits, self.output(self.hidden_states(tokens))
+        if not torch.allclose(whole, parts, rtol=1e-3, atol=1e-3 * whole.abs().max().item()):
+            raise Refused(
+                f"{folder}: {type(model).__name__} scales or caps its logits after the output layer, which "
+                "evaluate would not see"
+            )
+
+    def hidden_states(self, tokens: Tensor) -> Tensor:
+        hidden: Tensor = self.body(tokens, use_cache=False).last_hidden_state
+        return hidden
+
+
+def _tokenizer(settings: MergedConfig) -> HuggingFaceTokenizer:
+    try:
+        return build_tokenizer(settings)
+    except FileNotFoundError as error:
+        raise Refused(f"{error}; another: -- --model.hf_assets_path FOLDER") from error
