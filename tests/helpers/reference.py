@@ -1,4 +1,4 @@
-"""Lighthouse Attention in float64, written from docs/method.md entry by entry: slow, plain, and unlike the library."""
+"""Lighthouse Attention in float64, written from docs/method.md over all pairs: slow, plain, and unlike the library."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,8 @@ from torch import Tensor
 from lighthouse import LighthouseConfig
 
 M = 128
-Turn = Callable[[Tensor, int], Tensor]
+#: Rows [n, D] at their positions [n].
+Turn = Callable[[Tensor, Tensor], Tensor]
 
 
 def select_naively(query_score: Tensor, key_score: Tensor, config: LighthouseConfig) -> list[tuple[int, int]]:
@@ -92,31 +93,23 @@ def attend_naively(
     every entry whose last position is not after its own, ancestors of itself excepted (they follow it).
     ``turn`` rotates a pooled query or key by the last position of its entry; ``window`` is ``local_window``."""
     seq_len, head_dim = query.shape
-
-    def rows(x: Tensor) -> Tensor:
-        return torch.stack([x[i * p**level : (i + 1) * p**level].mean(0) for level, i in entries])
-
-    q, k, v = rows(query), rows(key), rows(value)
-    end = torch.tensor([(i + 1) * p**level - 1 for level, i in entries])
+    level, index = (torch.tensor(numbers)[:, None] for numbers in zip(*entries, strict=True))
+    first, end = index * p**level, (index + 1) * p**level - 1
+    position = torch.arange(seq_len)
+    mean = ((first <= position) & (position <= end)).to(query.dtype) / p**level
+    q, k, v = (mean @ x for x in (query, key, value))
     if turn is not None:
-        q, k = (
-            torch.stack([turn(row, position) for row, position in zip(x, end.tolist(), strict=True)]) for x in (q, k)
-        )
-    level = torch.tensor([level for level, _ in entries])
-    visible = (end[None] < end[:, None]) | ((end[None] == end[:, None]) & (level[None] <= level[:, None]))
+        q, k = (turn(x, end[:, 0]) for x in (q, k))
+    visible = (end > end.T) | ((end == end.T) & (level >= level.T))
     scores = (q @ k.T / head_dim**0.5).masked_fill(~visible, float("-inf"))
     short = scores.softmax(-1) @ v
 
-    output = [torch.zeros(head_dim, dtype=query.dtype) for _ in range(seq_len)]
-    for row, (level, i) in zip(short, entries, strict=True):
-        first = i * p**level + p**level - 1
-        for position in range(first, min(first + p**level, seq_len)):
-            output[position] = output[position] + row
+    # A row is written to p**level positions, the first of which is its entry's last.
+    output = ((end <= position) & (position < end + p**level)).T.to(query.dtype) @ short
     if window:
         if turn is not None:
-            query, key = (torch.stack([turn(row, t) for t, row in enumerate(x)]) for x in (query, key))
-        near, selected = attend_locally_naively(query, key, value, window), set(entries)
-        for position in range(seq_len):
-            if (0, position) not in selected:
-                output[position] = output[position] + near[position]
-    return torch.stack(output)
+            query, key = (turn(x, position) for x in (query, key))
+        in_holes = torch.ones(seq_len, 1, dtype=query.dtype)
+        in_holes[index[level == 0]] = 0.0
+        output = output + in_holes * attend_locally_naively(query, key, value, window)
+    return output

@@ -36,12 +36,17 @@ def reference(query, key, value, selection, config, turn=None):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("groups", [None, 1, 2])
-@pytest.mark.parametrize("geometry", GEOMETRIES[:4])
-def test_output_and_gradients_equal_the_definition(geometry, groups, on):
+@pytest.mark.parametrize(
+    ("geometry", "heads", "groups", "batch"),
+    [
+        (GEOMETRIES[0], 2, 2, 1), (GEOMETRIES[1], 2, 2, 1), (GEOMETRIES[1], 4, 1, 1), (GEOMETRIES[1], 4, 2, 2),
+        (GEOMETRIES[2], 2, 1, 1), (GEOMETRIES[3], 2, 2, 2),
+    ],
+)  # fmt: skip
+def test_output_and_gradients_equal_the_definition(geometry, heads, groups, batch, on):
     device = on["device"]
     config, seq_len = make(*geometry, backend=on["backend"])
-    inputs = qkv(seq_len, heads=4, groups=groups, batch=2 if groups == 2 else 1)
+    inputs = qkv(seq_len, heads=heads, groups=groups, batch=batch)
     grad = random_rows(*inputs[0].shape, seed=9, dtype=torch.float64)
     selection = select(inputs[0], inputs[1], replace(config, backend="torch"))
     expected = run(*inputs, config, grad, lambda q, k, v, c: reference(q, k, v, selection, c))
@@ -140,9 +145,10 @@ def test_rotary_embedding_after_the_gather_equals_the_definition(geometry, group
     grad = random_rows(*inputs[0].shape, seed=9, dtype=torch.float64)
     frequency = torch.tensor([0.3, 0.002], dtype=torch.float64)
 
-    def turn(row, position):
-        turned = torch.view_as_complex(row.view(-1, 2)) * torch.polar(torch.ones_like(frequency), frequency * position)
-        return torch.view_as_real(turned).flatten()
+    def turn(rows, position):
+        angle = frequency * position[:, None]
+        turned = torch.view_as_complex(rows.view(-1, 2, 2)) * torch.polar(torch.ones_like(angle), angle)
+        return torch.view_as_real(turned).flatten(1)
 
     def rotate(rows, position):
         angle = (position[..., None] * frequency.to(position.device)).repeat_interleave(
@@ -176,6 +182,8 @@ def test_golden_files_of_the_authors(name, shared_dir, on):
     The golden outputs and gradients are float32 sums of terms as large as the tensors' largest elements, over at
     most S rows: both sides err by about sqrt(S) · 2⁻²⁴ of that, plus the softmax's exponentials, hence the 8.
     """
+    if (name, *on.values()) == ("norm_n4096_p2_l4_k256", "cpu", "triton"):
+        pytest.skip("on a GPU only: it takes the interpreter long, which tests/golden has four levels for")
     golden = np.load(shared_dir / "golden" / f"{name}.npz")
     _, pooling_factor, num_levels, top_k, _, _ = (int(x) for x in golden["params"])
     config = LighthouseConfig(
@@ -251,7 +259,7 @@ def test_gradients_equal_finite_differences_through_the_fixed_selection():
 def test_the_same_inputs_give_the_same_bits(scorer, on):
     config, seq_len = make(1024, 3, 2, 128, scorer=scorer, backend=on["backend"])
     device = on["device"]
-    inputs = qkv(seq_len, heads=2, groups=1, batch=2, dtype=torch.float32, device=device)
+    inputs = qkv(seq_len, heads=2, groups=1, dtype=torch.float32, device=device)
     grad = random_rows(*inputs[0].shape, seed=9, device=device)
     first, second = run(*inputs, config, grad), run(*inputs, config, grad)
     # cuDNN's and Flash's backward are not promised to be deterministic: on a GPU only the forward is compared.
@@ -259,15 +267,15 @@ def test_the_same_inputs_give_the_same_bits(scorer, on):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.parametrize("groups", [2, 1])
 def test_strided_inputs_equal_contiguous_ones(groups, on):
     """[B, N, H, D] seen as [B, H, N, D], as attention modules hand it over, and a non-contiguous gradient."""
     config, seq_len = make(1024, 3, 2, 128, backend=on["backend"])
     device = on["device"]
-    inputs = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv(seq_len, heads=4, groups=groups)]
+    inputs = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv(seq_len, heads=2, groups=groups)]
     inputs = [x.to(device) for x in inputs]
     assert not inputs[0].is_contiguous()
-    grad = random_rows(1, seq_len, 4, 16, seed=9, dtype=torch.float64, device=device).transpose(1, 2)
+    grad = random_rows(1, seq_len, 2, 16, seed=9, dtype=torch.float64, device=device).transpose(1, 2)
     strided = run(*inputs, config, grad)
     contiguous = run(*(x.contiguous() for x in inputs), config, grad.contiguous())
     for a, b in zip(strided, contiguous, strict=True):
@@ -290,7 +298,7 @@ def test_low_precision_rounds_once(dtype, on):
     """Gather, scatter and their backwards sum in float32 and round to the dtype at the end: an error of at most half
     a unit in the last place of the exact result, which float64 gives from the same rounded inputs. The float32 sums
     themselves err by L + log₂N roundings of 2⁻²⁴ of the terms' sizes."""
-    config, seq_len = make(2048, 4, 2, 256, backend=on["backend"])
+    config, seq_len = make(1024, 4, 2, 128, backend=on["backend"])
     device = on["device"]
     # Triton's interpreter truncates to bfloat16 where a GPU rounds.
     ulps = 1.0 if (device, on["backend"], dtype) == ("cpu", "triton", torch.bfloat16) else 0.5
@@ -321,7 +329,7 @@ def test_low_precision_rounds_once(dtype, on):
 def test_low_precision_is_as_good_as_its_attention(dtype, on):
     """Against float64 through the same selection: no worse than stock attention in that dtype on the exact gathered
     rows, plus the two roundings around it (gather and scatter, each half a unit in the last place)."""
-    config, seq_len = make(2048, 3, 2, 256, backend=on["backend"])
+    config, seq_len = make(1024, 3, 2, 128, backend=on["backend"])
     device = on["device"]
     inputs = qkv(seq_len, head_dim=32, dtype=dtype, device=device)
     selection = select(inputs[0], inputs[1], config)
@@ -352,9 +360,9 @@ def test_autocast_leaves_scores_alone():
     ids=str,
 )
 def test_compiles_into_one_graph(settings, dtype, on):
-    config, seq_len = make(1024, 3, 2, 128, **settings, backend=on["backend"])
+    config, seq_len = make(512, 3, 2, 128, **settings, backend=on["backend"])
     device = on["device"]
-    inputs = qkv(seq_len, heads=4, groups=2, dtype=dtype, device=device)
+    inputs = qkv(seq_len, heads=2, groups=1, dtype=dtype, device=device)
     grad = random_rows(*inputs[0].shape, seed=9, device=device)
     torch.compiler.reset()  # it gives up after eight versions of a function
     compiled = torch.compile(lighthouse_attention, fullgraph=True, backend="aot_eager")
@@ -364,7 +372,7 @@ def test_compiles_into_one_graph(settings, dtype, on):
 
 @pytest.mark.parametrize("window", [0, 128])
 def test_activation_checkpointing_recomputes_the_same(window, on):
-    config, seq_len = make(1024, 3, 2, 128, local_window=window, backend=on["backend"])
+    config, seq_len = make(512, 3, 2, 128, local_window=window, backend=on["backend"])
     device = on["device"]
     inputs = qkv(seq_len, dtype=torch.float32, device=device)
     grad = random_rows(*inputs[0].shape, seed=9, device=device)
