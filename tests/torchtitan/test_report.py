@@ -3,6 +3,7 @@ import json
 import pytest
 from torchtitan.experiments.lighthouse import report
 from torchtitan.experiments.lighthouse.errors import Refused
+from torchtitan.experiments.lighthouse.reporting import experiments, figure, tables
 
 
 def write_run(folder, stage, losses, first_step=1, tps=100.0, **config):
@@ -10,7 +11,8 @@ def write_run(folder, stage, losses, first_step=1, tps=100.0, **config):
     folder.mkdir(parents=True)
     if config:
         section = {"enable": config["lighthouse"], "stage1_checkpoint": config.get("origin", "")}
-        text = json.dumps({"lighthouse": section, "training": {"seq_len": config["seq_len"]}})
+        training = {"seq_len": config["seq_len"], "dataset": config.get("dataset", "c4_local"), "dataset_path": "books"}
+        text = json.dumps({"lighthouse": section, "training": training})
         (folder / "config.json").write_text(text)
     lines = [
         {
@@ -78,7 +80,7 @@ def test_a_run_that_overtakes_the_dense_one_says_when_and_for_how_long(tmp_path,
         write_run(tmp_path / "stage2", "stage2", tail, first_step=11),
         write_run(tmp_path / "dense", "dense", [4.0] * 30),
     ]
-    (_, *switches) = report.tables(report.load_experiments(runs), 1)
+    (_, *switches) = tables.tables(experiments.load_experiments(runs), 1)
     ((_, _, rows),) = switches
     assert dict(rows)["first below dense after"].startswith(said)
     if tail[0] == 6.0:
@@ -93,15 +95,15 @@ def test_the_gap_to_the_dense_run_is_that_on_the_same_data(tmp_path):
         write_run(tmp_path / "stage2", "stage2", [loss + 0.5 for loss in dense[20:]], first_step=21),
         write_run(tmp_path / "dense", "dense", dense),
     ]
-    (_, (_, _, rows)) = report.tables(report.load_experiments(runs), 2)
+    (_, (_, _, rows)) = tables.tables(experiments.load_experiments(runs), 2)
     assert dict(rows)["first below dense after"] == "not within 20"
     assert dict(rows)["last gap to dense"] == "+0.5000 at step 40"
 
 
 def test_without_a_dense_run_stage_1_is_beside_stage_2(runs):
-    (sentence,) = report.headlines(report.load_experiments(runs[:2]))
+    (sentence,) = tables.headlines(experiments.load_experiments(runs[:2]))
     assert sentence == "Stage 1 ran 4.0 times as many tokens per second as dense attention."
-    assert report.headlines(report.load_experiments(runs[2:])) == []
+    assert tables.headlines(experiments.load_experiments(runs[2:])) == []
 
 
 def test_every_stage_looks_different(runs, tmp_path):
@@ -111,15 +113,14 @@ def test_every_stage_looks_different(runs, tmp_path):
         write_run(tmp_path / "more/stage2", "stage2", [3.0] * 20, first_step=21),
         write_run(tmp_path / "more/dense_again", "dense", [3.0] * 40),
     ]
-    experiments = report.load_experiments([*runs, *more])
-    experiments[2].name = "another"
-    styles = [style for stages in report._styles(experiments) for style in stages]
+    loaded = experiments.load_experiments([*runs, *more])
+    styles = [style for stages in figure._styles(loaded) for style in stages]
     assert len({style["color"] for style in styles}) == len({style["label"] for style in styles}) == 6
-    report.draw(experiments, 2, tmp_path / "loss.png")
+    figure.draw(loaded, 2, tmp_path / "loss.png")
 
 
 def test_hours_and_time_add_up_over_the_stages(runs):
-    (experiment, dense) = report.load_experiments(runs)
+    (experiment, dense) = experiments.load_experiments(runs)
     assert experiment.hours[19] == pytest.approx(190 / 3600) and experiment.hours[-1] == pytest.approx(380 / 3600)
     assert dense.device_seconds(10_000) == pytest.approx(100)
     assert experiment.device_seconds(30_000) == pytest.approx(20_000 / 400 + 10_000 / 100)
@@ -128,7 +129,7 @@ def test_hours_and_time_add_up_over_the_stages(runs):
 def test_stage_1_steps_after_the_switch_do_not_count(runs, tmp_path):
     """Stage 2 may start from an earlier checkpoint than Stage 1's last."""
     early = write_run(tmp_path / "early", "stage2", [1.0] * 10, first_step=16)
-    (experiment,) = report.load_experiments([runs[0], early])
+    (experiment,) = experiments.load_experiments([runs[0], early])
     assert experiment.steps == list(range(1, 26))
     assert experiment.losses[15:] == [1.0] * 10
 
@@ -144,12 +145,12 @@ def test_a_chain_is_one_curve_whose_stages_say_what_they_are(tmp_path):
         write_run(tmp_path / "long", "stage3", [4.0] + [1.5] * 9, 21, 100, lighthouse=False, seq_len=2048,
                   origin=origin.format("middle", 20)),
     ]  # fmt: skip
-    (one,) = report.load_experiments(chain)
+    (one,) = experiments.load_experiments(chain)
     assert one.name == "dense at 512, then Lighthouse at 2,048, then dense at 2,048" and len(one.parts) == 3
-    assert report.baseline_of([one]) is None
-    (sentence,) = report.headlines([one])
+    assert experiments.baseline_of([one]) is None
+    (sentence,) = tables.headlines([one])
     assert sentence == "Stage 2 ran 4.0 times as many tokens per second as dense attention."
-    (_, _, rows), (second, _, to_second), (third, _, to_third) = report.tables([one], 1)
+    (_, _, rows), (second, _, to_second), (third, _, to_third) = tables.tables([one], 1)
     assert [row[0] for row in rows] == [
         "Stage 1 (dense at 512)", "Stage 2 (Lighthouse at 2,048)", "Stage 3 (dense at 2,048)",
     ]  # fmt: skip
@@ -157,22 +158,22 @@ def test_a_chain_is_one_curve_whose_stages_say_what_they_are(tmp_path):
     assert to_second[0] == ("spike, first Lighthouse step", "3.0000 (-2.0000) at step 11")
     assert to_third[0] == ("spike, first dense step", "4.0000 (+2.0000) at step 21")
     assert to_third[1] == ("dense steps until Stage 2's last level", "2")
-    (styles,) = report._styles([one])
+    (styles,) = figure._styles([one])
     assert len({(style["color"], style["linestyle"]) for style in styles}) == 3
     assert one.device_seconds(30_000) == pytest.approx(10_000 / 900 + 10_000 / 400 + 10_000 / 100)
     # A dense run for the whole of it is one; and a dense stage that says nothing of it does not continue it.
     whole = write_run(tmp_path / "whole", "dense", [4.0] * 30, lighthouse=False, seq_len=2048)
-    both = report.load_experiments([*chain, whole])
-    assert report.baseline_of(both) is both[1]
-    *_, (_, _, rows) = report.tables(both, 1)
+    both = experiments.load_experiments([*chain, whole])
+    assert experiments.baseline_of(both) is both[1]
+    *_, (_, _, rows) = tables.tables(both, 1)
     assert dict(rows)["last gap to whole"] == "-2.5000 at step 30"
-    report.draw(both, 1, tmp_path / "loss.png")
+    figure.draw(both, 1, tmp_path / "loss.png")
     elsewhere = write_run(tmp_path / "elsewhere", "dense", [4.0] * 30, tps=50, lighthouse=False, seq_len=512)
-    assert report.headlines(report.load_experiments([*chain, elsewhere])) == [sentence]
+    assert tables.headlines(experiments.load_experiments([*chain, elsewhere])) == [sentence]
     with pytest.raises(Refused, match="middle holds Stage 2: name its Stage 1 run just before it"):
-        report.load_experiments([whole, chain[1]])
+        experiments.load_experiments([whole, chain[1]])
     with pytest.raises(Refused, match="long holds Stage 3: name its Stage 2 run just before it"):
-        report.load_experiments([chain[0], chain[2]])
+        experiments.load_experiments([chain[0], chain[2]])
 
 
 def test_errors_name_the_run(runs, tmp_path):
@@ -189,8 +190,67 @@ def test_errors_name_the_run(runs, tmp_path):
 @pytest.mark.parametrize("window", [1, 4, 5])
 def test_the_curve_for_the_eye_does_not_lag(window):
     """A straight line stays where it is, half a step for even windows, but where the window is cut off."""
-    line = report.Experiment("line", [{"step": step, "loss": float(step)} for step in range(20)])
+    line = experiments.Experiment("line", [{"step": step, "loss": float(step)} for step in range(20)])
     drawn = line.centred(window)
     shift = 0.5 if window % 2 == 0 else 0.0
     assert drawn[5:15] == pytest.approx([step + shift for step in range(5, 15)])
     assert len(drawn) == 20 and drawn[0] == pytest.approx(window // 2 / 2)
+
+
+def test_runs_keep_their_names_apart(runs, tmp_path):
+    """By the labels that they are given, or by their folders; and no row of the table is there twice."""
+    more = [
+        write_run(tmp_path / "more/stage1", "stage1", [5.0] * 20),
+        write_run(tmp_path / "more/stage2", "stage2", [3.0] * 20, first_step=21),
+        write_run(tmp_path / "more/dense", "dense", [3.0] * 40),
+    ]
+    loaded = experiments.load_experiments([*runs, *more])
+    where = tmp_path.name
+    assert [one.name for one in loaded] == [
+        f"Lighthouse, then dense ({where}/stage1)", f"{where}/dense",
+        "Lighthouse, then dense (more/stage1)", "more/dense",
+    ]  # fmt: skip
+    labelled = experiments.load_experiments([*runs, *more], ["k 512", "dense", "k 1536", "dense, wide"])
+    assert [one.name for one in labelled] == ["k 512", "dense", "k 1536", "dense, wide"]
+    for curves in (loaded, labelled):
+        (_, _, rows), *_ = tables.tables(curves, 2)
+        assert len({row[0] for row in rows}) == len(rows) == 6
+    assert rows[0][0] == "k 512: Stage 1 (Lighthouse)"
+    for labels in (["one"], ["one", "one"]):
+        with pytest.raises(Refused, match=r"must be 2 different names, one for each curve .*value: stage1,dense"):
+            experiments.load_experiments(runs, labels)
+
+
+def test_one_step_gives_no_noise(tmp_path):
+    runs = [write_run(tmp_path / name, "dense", [4.0, 3.0]) for name in ("a", "b")]
+    (_, header, rows), *_ = tables.tables(experiments.load_experiments(runs), 1)
+    assert header[3] == "loss of the last step" and [row[3] for row in rows] == ["3.0000", "3.0000"]
+
+
+def test_a_warning_says_what_differs(tmp_path, capsys):
+    runs = [
+        write_run(tmp_path / "a", "dense", [4.0] * 2, lighthouse=False, seq_len=512),
+        write_run(tmp_path / "b", "dense", [4.0] * 2, lighthouse=False, seq_len=512, dataset="c4"),
+        write_run(tmp_path / "c", "dense", [4.0] * 2, lighthouse=False, seq_len=2048),
+    ]
+    loaded = experiments.load_experiments(runs)
+    assert experiments.differing(loaded[:1]) == []
+    context, data = experiments.differing(loaded)
+    assert context.startswith("Warning: these runs have different contexts") and "b: 512, c: 2,048" in context
+    assert data.startswith("Warning: these runs have different data") and "a: c4_local books, b: c4 books" in data
+    report.main([str(run) for run in runs])  # beside them by default
+    assert "Warning: these runs have different data" in capsys.readouterr().out
+    assert "different contexts" in (tmp_path / "report/report.html").read_text()
+    assert report.default_output(runs[:1]) == tmp_path / "a/report"
+
+
+def test_the_first_step_alone_is_not_below_the_dense_run(tmp_path):
+    """An easy batch for the resumed model: one step below says nothing, and the last gap is a mean over more."""
+    runs = [
+        write_run(tmp_path / "stage1", "stage1", [5.0] * 20),
+        write_run(tmp_path / "stage2", "stage2", [3.9] + [4.2] * 19, first_step=21),
+        write_run(tmp_path / "dense", "dense", [4.0] * 40),
+    ]
+    (_, (_, _, rows)) = tables.tables(experiments.load_experiments(runs), 2)
+    assert dict(rows)["first below dense after"] == "not within 20"
+    assert dict(rows)["last gap to dense"] == "+0.2000 at step 40"

@@ -1,0 +1,1 @@
+"""What ``report`` shows: curves, tables, a figure and a page. Imports no torch."""
