@@ -75,7 +75,8 @@ def plant(text: bytes, length: int, seed: str, share: float = SHARE) -> tuple[st
     Args:
         text: UTF-8, at most ``text_in(length, share)`` bytes; spaces fill up what is missing.
         length: at least 1,000.
-        share: of the piece that are quotes, less than a half. Above a third, passages are quoted again where none is left.
+        share: of the piece that are quotes, less than a half. Above a third, passages are quoted again where none is
+            left.
     """
     rng, size = random.Random(seed), text_in(length, share)
     text = text.ljust(size)
