@@ -129,7 +129,7 @@ def context_parallel_attention(
             available.
     """
     check_inputs(query, key, value)
-    scored_query, scored_key = (shards.stack(rows) for rows in rows_to_score(query, key, config, score_by))
+    scored = rows_to_score(query, key, config, score_by)
     local_len = query.shape[2]
     config.validate(local_len * dist.get_world_size(shards.group), shards.num_chunks)
     backend = config.resolve_backend(query.device.type)
@@ -145,6 +145,8 @@ def context_parallel_attention(
     if config.selection == "none":
         assert local is not None
         return shards.join(local)
+    # Where they are query and key themselves, as nearly always, they are stacked already.
+    scored_query, scored_key = chunks[:2] if score_by is None else map(shards.stack, scored)
     selection = select(scored_query, scored_key, config, starts_every=shards.starts_every, backend=backend)
     short = [shards.join(gather(rows, selection, config, backend)) for rows in chunks]
     if rotate is not None:

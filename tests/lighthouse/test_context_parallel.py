@@ -90,3 +90,14 @@ def test_one_rank_equals_one_device_and_resolves_the_backend_once(selection, loa
     assert resolved == ["torch"]
     for got, want in zip(ours, expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+def test_one_rank_selects_by_the_rows_that_it_is_given_for_it(alone):
+    config, seq_len = make(2048, 2, 2, 512)
+    inputs = qkv(seq_len, groups=1, head_dim=8, batch=2)
+    scored = tuple(random_rows(*rows.shape, seed=7, dtype=torch.float64) for rows in inputs[:2])
+    expected = lighthouse_attention(*inputs, config, score_by=scored)
+    assert not torch.allclose(expected, lighthouse_attention(*inputs, config)), "the test does not see the selection"
+    layer = ShardedLighthouseAttention(config, causal_attention, SequenceShards(alone, load_balanced=True))
+    ours = layer(*inputs, enable_gqa=True, score_by=scored)
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
