@@ -267,11 +267,12 @@ def score(checkpoint: Path, file: Path, count: int) -> dict[str, Any]:
     import torch
     from torchtitan.experiments.lighthouse.data.tokenizer import build_tokenizer
     from torchtitan.experiments.lighthouse.evaluation import positions
+    from torchtitan.experiments.lighthouse.evaluation.ranks import available_device
     from torchtitan.experiments.lighthouse.runs.settings import read_settings
 
     settings = read_settings(checkpoint)
     seq_len, tokenizer = settings.training.seq_len, build_tokenizer(settings)
-    device = positions.available_device()
+    device = available_device()
     model = positions.load(checkpoint, settings, dense=True, device=device)
     edges = positions.default_edges(seq_len)
     all_bytes, text_only = ([positions.Bucket(*ends) for ends in pairwise(edges)] for _ in range(2))

@@ -225,7 +225,7 @@ def test_a_whole_run_on_one_process_and_two(checkpoint, tmp_path, capsys):
     assert report["cells"] == [{key: json.loads(value) for key, value in row.items()} for row in table]
     assert (stage1 / "niah/niah.png").read_bytes().startswith(b"\x89PNG")
 
-    result = run_ranks(SCRIPT, 2, str(checkpoint), *words, TORCHELASTIC_RUN_ID="none")  # as if by torchrun
+    result = run_ranks(SCRIPT, 2, str(checkpoint), *words)
     assert (stage1 / "niah-step-1/niah.csv").read_bytes() == (stage1 / "niah/niah.csv").read_bytes()
     assert result.stdout.count("512 tokens") == 1
 

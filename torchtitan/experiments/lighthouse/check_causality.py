@@ -55,6 +55,7 @@ def check_and_write(options: argparse.Namespace) -> bool:
     import torch
     from torchtitan.experiments.lighthouse.errors import Refused
     from torchtitan.experiments.lighthouse.evaluation import causality, positions
+    from torchtitan.experiments.lighthouse.evaluation.ranks import available_device
     from torchtitan.experiments.lighthouse.runs import checkpoints
     from torchtitan.experiments.lighthouse.runs.settings import read_settings
     from torchtitan.experiments.lighthouse.seams.attention import take_float32
@@ -69,7 +70,7 @@ def check_and_write(options: argparse.Namespace) -> bool:
         settings.training = replace(settings.training, seq_len=options.seq_len)
     seq_len = settings.training.seq_len
 
-    device = positions.available_device()
+    device = available_device()
     model = positions.load(checkpoint, settings, dense=options.dense, device=device)
     take_float32(model)
     lighthouse = model.model_args.lighthouse

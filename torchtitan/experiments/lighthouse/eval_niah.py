@@ -46,9 +46,9 @@ def evaluate_and_write(options: argparse.Namespace) -> None:
     from statistics import fmean
 
     import torch
-    import torch.distributed as dist
     from torchtitan.experiments.lighthouse.errors import Refused
     from torchtitan.experiments.lighthouse.evaluation import needle
+    from torchtitan.experiments.lighthouse.evaluation.ranks import Ranks
 
     subject = needle.open_subject(options.model, options.verify)
     haystack = needle.Haystack.of(subject.encode, subject.begin)
@@ -57,12 +57,13 @@ def evaluate_and_write(options: argparse.Namespace) -> None:
     if options.batch_tokens is not None and options.batch_tokens < 1:
         raise Refused(f"--batch-tokens {options.batch_tokens}: must be positive; nearest valid value: 1")
 
-    device = needle.prepare_device()
-    batch_tokens = options.batch_tokens or (32768 if device.type == "cpu" else 262144)
+    ranks = Ranks()
     try:
+        device = ranks.device()
+        batch_tokens = options.batch_tokens or (32768 if device.type == "cpu" else 262144)
         settings = {"seed": options.seed, "batch_tokens": batch_tokens}
         cells = needle.evaluate(subject.load(device), haystack, contexts, depths, **settings, device=device)
-        if dist.is_initialized() and dist.get_rank() > 0:
+        if ranks.rank > 0:
             return
         mean = fmean(cell.accuracy for cell in cells)
         chance = 1 / needle.TRIALS
@@ -78,8 +79,7 @@ def evaluate_and_write(options: argparse.Namespace) -> None:
         }
         files = needle.write(cells, about, options.output or subject.output)
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        ranks.close()
     print(f"mean {mean:.4f}, chance {chance:.2f}: {subject.path}\n" + "\n".join(map(str, files)))
 
 

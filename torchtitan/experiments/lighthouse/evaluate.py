@@ -112,7 +112,7 @@ def _open(options: argparse.Namespace, ranks: Ranks) -> tuple[Subject, Path | No
     from torchtitan.experiments.lighthouse.evaluation import subjects
     from torchtitan.experiments.lighthouse.runs import checkpoints
 
-    if subjects.is_hugging_face(options.model):
+    if checkpoints.is_hugging_face(options.model):
         if options.as_trained:
             raise Refused(
                 f"--as-trained: {options.model} is a Hugging Face folder, whose attention is dense; leave it out"

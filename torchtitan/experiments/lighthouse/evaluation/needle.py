@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import random
 import string
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -59,14 +57,12 @@ class Subject:
 
 
 def open_subject(path: Path, verify: checkpoints.Verify = "digest") -> Subject:
-    """The model at ``path``: a Hugging Face folder's config.json names a model type, a run's does not.
+    """The model at ``path``.
 
     Raises:
         Refused: if there is no model, or transformers is needed and missing.
     """
-    config_file = path / "config.json"
-    hugging_face = config_file.is_file() and "model_type" in json.loads(config_file.read_text())
-    return open_hugging_face(path) if hugging_face else open_run(path, verify)
+    return open_hugging_face(path) if checkpoints.is_hugging_face(path) else open_run(path, verify)
 
 
 def open_run(path: Path, verify: checkpoints.Verify) -> Subject:
@@ -318,17 +314,3 @@ def draw(cells: list[Cell], name: str, path: Path) -> None:
 
 def _short(context: int) -> str:
     return f"{context // 1024}K" if context % 1024 == 0 else f"{context:,}"
-
-
-def prepare_device() -> torch.device:
-    """This process's device; under torchrun, also the group that gathers the results."""
-    if dist.is_torchelastic_launched():
-        # Ranks wait for one another once per context, which may take long on a CPU.
-        dist.init_process_group("gloo", timeout=timedelta(days=1))
-    if not torch.accelerator.is_available():
-        return torch.device("cpu")
-    index = int(os.environ.get("LOCAL_RANK", 0))
-    torch.accelerator.set_device_index(index)
-    accelerator = torch.accelerator.current_accelerator()
-    assert accelerator is not None, "one is available"
-    return torch.device(accelerator.type, index)

@@ -158,12 +158,6 @@ def read_sequences(
         raise Refused(f"--dataset {dataset} --dataset-path {dataset_path}: {error}") from error
 
 
-def available_device() -> torch.device:
-    """The accelerator, or the CPU where there is none."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return accelerator or torch.device("cpu")
-
-
 def load(checkpoint: Path, settings: MergedConfig, *, dense: bool, device: torch.device) -> LighthouseTransformer:
     """``load_model`` for a length that may not be the run's own.
 

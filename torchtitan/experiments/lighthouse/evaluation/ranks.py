@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
 from itertools import islice
 from typing import TYPE_CHECKING, TypeVar
 
@@ -17,13 +18,20 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+def available_device() -> torch.device:
+    """The accelerator, or the CPU where there is none."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")
+
+
 class Ranks:
     """Every process holds the whole model and takes every n-th sequence. What they add up are numbers on the host."""
 
     def __init__(self) -> None:
         self.size, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
         if self.size > 1:
-            dist.init_process_group("gloo")
+            # They wait for one another where one may take long: on a CPU, or for a checkpoint to be read.
+            dist.init_process_group("gloo", timeout=timedelta(days=1))
 
     def close(self) -> None:
         if self.size > 1:
@@ -77,9 +85,9 @@ class Ranks:
 
     def device(self) -> torch.device:
         """This process's accelerator, or the CPU where there is none."""
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        if accelerator is None:
-            return torch.device("cpu")
+        device = available_device()
+        if device.type == "cpu":
+            return device
         index = int(os.environ.get("LOCAL_RANK", 0))
         torch.accelerator.set_device_index(index)
-        return torch.device(accelerator.type, index)
+        return torch.device(device.type, index)

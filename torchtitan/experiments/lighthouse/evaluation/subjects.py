@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
@@ -16,7 +15,6 @@ from torchtitan.experiments.lighthouse.data.tokenizer import build_tokenizer
 from torchtitan.experiments.lighthouse.errors import Refused
 from torchtitan.experiments.lighthouse.evaluation import positions
 from torchtitan.experiments.lighthouse.job_config import MergedConfig
-from torchtitan.experiments.lighthouse.runs import checkpoints
 from torchtitan.experiments.lighthouse.runs.settings import read_settings
 
 #: On as many tokens it is seen whether a Hugging Face model's logits are those of its output layer alone.
@@ -34,12 +32,6 @@ class Subject:
     """Of the run; of a Hugging Face folder, the defaults with its context and its tokenizer"""
     tokenizer: HuggingFaceTokenizer
     load: Callable[[torch.device], positions.Scored]
-
-
-def is_hugging_face(path: Path) -> bool:
-    """A Hugging Face folder's config.json names a model type, a run's does not."""
-    file = path / checkpoints.CONFIG_FILE
-    return file.is_file() and "model_type" in json.loads(file.read_text())
 
 
 def open_run(checkpoint: Path, output: Path, as_trained: bool, seq_len: int | None, words: Sequence[str]) -> Subject:

@@ -34,6 +34,12 @@ def is_checkpoint(path: Path) -> bool:
     return re.fullmatch(r"step-\d+", path.name) is not None
 
 
+def is_hugging_face(folder: Path) -> bool:
+    """Whether it holds a Hugging Face model: its config.json names a model type, a run's does not."""
+    file = folder / CONFIG_FILE
+    return file.is_file() and "model_type" in json.loads(file.read_text())
+
+
 def is_complete(checkpoint: Path) -> bool:
     """Whether the save came to its end, damaged since or not.
 
