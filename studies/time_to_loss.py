@@ -51,7 +51,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from itertools import accumulate
 from pathlib import Path
@@ -59,16 +59,15 @@ from statistics import fmean
 from typing import Any
 
 import recall
-from time_to_loss_arms import ARMS, PARTS, Arm, Stage
+from time_to_loss_arms import ARMS, PARTS, Arm, Run, runs_of
 from time_to_loss_report import report
 from torchtitan.experiments.lighthouse.errors import exit_on_refusal
 from torchtitan.experiments.lighthouse.runs import launch
 from torchtitan.experiments.lighthouse.runs.checkpoints import (
     checkpoints_in,
     complete_checkpoints_in,
-    config_file_of,
     find_checkpoint,
-    read_config,
+    settings_of,
     step_of,
 )
 from torchtitan.experiments.lighthouse.runs.records import METRICS_FILE, read_metrics, usual_rate
@@ -76,81 +75,12 @@ from torchtitan.experiments.lighthouse.runs.records import METRICS_FILE, read_me
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "studies/results/time_to_loss"
 
-#: Held-out pieces that are scored after the last stage, and those of the curve.
-SCORED, CURVE = 36, 12
+#: Held-out pieces that are scored after the last stage.
+SCORED = 36
 #: Quotes in the text that base weights are trained on.
 BASE_SHARE = 0.4
 #: Steps before the switch that the spike is measured from.
 BEFORE_SWITCH = 50
-
-
-@dataclass(frozen=True)
-class Run:
-    """A stage of an arm as a training run."""
-
-    stage: Stage
-    folder: Path
-    first: int
-    """The step that it starts after"""
-    last: int
-    command: list[str]
-
-    @property
-    def done(self) -> bool:
-        return self.last in map(step_of, complete_checkpoints_in(self.checkpoints))
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.folder / "checkpoint"
-
-
-def runs_of(arm: Arm, options: argparse.Namespace) -> list[Run]:
-    """The commands of an arm. Folders tell the chain so far: arms with the same beginning share it.
-
-    A step has ``options.seq_len`` tokens in every stage: one sequence, or as many short ones as make as many.
-    """
-    unit, text = options.steps // PARTS, options.output / f"text-seed{options.seed}"
-    common = [
-        *("--training.dataset=c4_local", f"--training.dataset_path={text}", f"--debug.seed={options.seed}"),
-        *(f"--lr_scheduler.total_steps={options.steps}", f"--checkpoint.interval={unit}", "--lighthouse.top_k=1536"),
-    ]
-    validate = [
-        *("--validation.enable", "--validation.dataset=c4_local_validation", f"--validation.dataset_path={text}"),
-        *(f"--validation.seq_len={options.seq_len}", "--validation.local_batch_size=1", f"--validation.steps={CURVE}"),
-        # Every step is logged: the spike is the first. Of a dense stage nothing but its end is needed later.
-        *(f"--validation.freq={unit}", "--metrics.log_freq=1", "--checkpoint.keep_latest_k=3"),
-    ]
-    runs: list[Run] = []
-    for stage in arm.stages:
-        first = runs[-1].last if runs else 0
-        last = first + stage.parts * unit
-        before = f"{runs[-1].folder.name}-{runs[-1].stage.parts}-" if runs else f"seed{options.seed}-"
-        folder = options.output / "runs" / f"{before}{stage.name}"
-        context = stage.context or options.seq_len
-        # What is held out is scored with dense attention at the study's context only.
-        is_scored = stage.lighthouse is None and context == options.seq_len
-        if runs:
-            start = runs[-1].checkpoints / f"step-{first}"
-            attention = "dense" if stage.lighthouse is None else "lighthouse"
-            words = [f"--attention={attention}", f"--seq-len={context}", f"--total-steps={last}"]
-            # It would be taken over from the stage before.
-            scored = validate if is_scored else ["--validation.no-enable"]
-            changes = [*stage.settings, *scored, *options.overrides]
-            command = launch.resume_dense_command(start, folder, launch.one_node(1), changes, *words)
-        else:
-            settings = ["--job.config_file", str(options.config), f"--job.dump_folder={folder}"]
-            settings += [f"--training.steps={last}", *common, f"--training.seq_len={context}"]
-            settings += [f"--training.local_batch_size={options.seq_len // context}"]
-            settings += ["--lighthouse.no-enable"] if stage.lighthouse is None else stage.settings
-            settings += [] if options.start is None else [f"--checkpoint.initial_load_path={options.start}"]
-            command = launch.trainer_command(
-                launch.one_node(1), [*settings, *(validate if is_scored else ()), *options.overrides]
-            )
-        runs.append(Run(stage, folder, first, last, command))
-    return runs
-
-
-# Running
 
 
 @contextmanager
@@ -269,7 +199,7 @@ def study_settings(options: argparse.Namespace) -> dict[str, Any]:
 
 def start_settings(checkpoint: Path) -> dict[str, Any]:
     """What the weights that all arms start from have been trained with, wherever they lie."""
-    training = read_config(config_file_of(checkpoint))["training"]
+    training = settings_of(checkpoint)["training"]
     return {"seq_len": training["seq_len"], "sequences": training["local_batch_size"], "steps": step_of(checkpoint)}
 
 
@@ -289,35 +219,33 @@ def run(options: argparse.Namespace) -> int:
     While an arm is scored, the next one starts: a GPU has nothing to do in either's first half minute, and an arm's
     speed is a median of its steps.
     """
-    waiting, failed, lock = list(options.arms), set(), threading.Lock()
+    waiting, failed, lock = list(options.arms), [], threading.Lock()
 
-    def attempt(part: Callable[[Arm, argparse.Namespace, str | None], None], arm: Arm, device: str | None) -> None:
+    def attempt(part: Callable[[Arm, argparse.Namespace, str | None], None], arm: Arm, device: str | None) -> bool:
         began = time.monotonic()
         try:
             part(arm, options, device)
             outcome = f"done, {time.monotonic() - began:.0f} s"
         except Exception as error:  # the other arms go on
-            failed.add(arm)
+            failed.append(arm)
             outcome = f"failed: {error}"
         print(f"{arm.name}, seed {options.seed}: {part.__name__} {outcome}", flush=True)
+        return arm not in failed
+
+    def next_arm() -> Arm | None:
+        with lock:
+            return waiting.pop(0) if waiting else None
 
     def work(device: str | None) -> None:
-        scoring: threading.Thread | None = None
-        while True:
-            with lock:
-                arm = waiting.pop(0) if waiting else None
-            if arm is not None and result_file(arm, options).exists():
+        scorings: list[threading.Thread] = []
+        while arm := next_arm():
+            if result_file(arm, options).exists():
                 print(f"{arm.name}, seed {options.seed}: already finished", flush=True)
-                continue
-            if arm is not None:
-                attempt(train_arm, arm, device)
-            if scoring is not None:
-                scoring.join()
-            if arm is None:
-                return
-            if arm not in failed:
-                scoring = threading.Thread(target=attempt, args=(score_arm, arm, device), daemon=True)
-                scoring.start()
+            elif attempt(train_arm, arm, device):
+                scorings.append(threading.Thread(target=attempt, args=(score_arm, arm, device), daemon=True))
+                scorings[-1].start()
+        for scoring in scorings:
+            scoring.join()
 
     # Daemons: Ctrl-C must not start the next arms.
     workers = [threading.Thread(target=work, args=(device,), daemon=True) for device in devices()]

@@ -1,11 +1,20 @@
-"""The arms of the study ``time_to_loss``: chains of stages, each with its attention and its share of the steps."""
+"""The arms of the study ``time_to_loss``: chains of stages, each with its attention and its share of the steps; and
+the training runs that these are.
+"""
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
+from pathlib import Path
+
+from torchtitan.experiments.lighthouse.runs import launch
+from torchtitan.experiments.lighthouse.runs.checkpoints import complete_checkpoints_in, step_of
 
 #: Of an arm's steps.
 PARTS = 16
+#: Held-out pieces of a curve's points.
+CURVE = 12
 
 
 @dataclass(frozen=True)
@@ -94,3 +103,69 @@ ARMS = [
     Arm("short, Lighthouse, dense", (Stage("short", 4, context=8192), Stage("published", 8, ()), Stage("dense", 4))),
     Arm("dense, again", (Stage("dense-again", PARTS),)),
 ]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A stage of an arm as a training run."""
+
+    stage: Stage
+    folder: Path
+    first: int
+    """The step that it starts after"""
+    last: int
+    command: list[str]
+
+    @property
+    def done(self) -> bool:
+        return self.last in map(step_of, complete_checkpoints_in(self.checkpoints))
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoint"
+
+
+def runs_of(arm: Arm, options: argparse.Namespace) -> list[Run]:
+    """The commands of an arm. Folders tell the chain so far: arms with the same beginning share it.
+
+    A step has ``options.seq_len`` tokens in every stage: one sequence, or as many short ones as make as many.
+    """
+    unit, text = options.steps // PARTS, options.output / f"text-seed{options.seed}"
+    common = [
+        *("--training.dataset=c4_local", f"--training.dataset_path={text}", f"--debug.seed={options.seed}"),
+        *(f"--lr_scheduler.total_steps={options.steps}", f"--checkpoint.interval={unit}", "--lighthouse.top_k=1536"),
+    ]
+    validate = [
+        *("--validation.enable", "--validation.dataset=c4_local_validation", f"--validation.dataset_path={text}"),
+        *(f"--validation.seq_len={options.seq_len}", "--validation.local_batch_size=1", f"--validation.steps={CURVE}"),
+        # Every step is logged: the spike is the first. Of a dense stage nothing but its end is needed later.
+        *(f"--validation.freq={unit}", "--metrics.log_freq=1", "--checkpoint.keep_latest_k=3"),
+    ]
+    runs: list[Run] = []
+    for stage in arm.stages:
+        first = runs[-1].last if runs else 0
+        last = first + stage.parts * unit
+        before = f"{runs[-1].folder.name}-{runs[-1].stage.parts}-" if runs else f"seed{options.seed}-"
+        folder = options.output / "runs" / f"{before}{stage.name}"
+        context = stage.context or options.seq_len
+        # What is held out is scored with dense attention at the study's context only.
+        is_scored = stage.lighthouse is None and context == options.seq_len
+        if runs:
+            start = runs[-1].checkpoints / f"step-{first}"
+            attention = "dense" if stage.lighthouse is None else "lighthouse"
+            words = [f"--attention={attention}", f"--seq-len={context}", f"--total-steps={last}"]
+            # It would be taken over from the stage before.
+            scored = validate if is_scored else ["--validation.no-enable"]
+            changes = [*stage.settings, *scored, *options.overrides]
+            command = launch.resume_dense_command(start, folder, launch.one_node(1), changes, *words)
+        else:
+            settings = ["--job.config_file", str(options.config), f"--job.dump_folder={folder}"]
+            settings += [f"--training.steps={last}", *common, f"--training.seq_len={context}"]
+            settings += [f"--training.local_batch_size={options.seq_len // context}"]
+            settings += ["--lighthouse.no-enable"] if stage.lighthouse is None else stage.settings
+            settings += [] if options.start is None else [f"--checkpoint.initial_load_path={options.start}"]
+            command = launch.trainer_command(
+                launch.one_node(1), [*settings, *(validate if is_scored else ()), *options.overrides]
+            )
+        runs.append(Run(stage, folder, first, last, command))
+    return runs
