@@ -62,6 +62,7 @@ LOCAL = "--lighthouse.local_window="
 CAUSAL_W512 = (CAUSAL, f"{LOCAL}512")
 WINDOW_ALONE = ("--lighthouse.selection=none", f"{LOCAL}1024")
 DENSE_EVERY = "--lighthouse.dense_every="
+KEEP_LOOKING_BACK = "--lighthouse.layers=0-6,8"
 ARMS = [
     Arm("dense", (Stage("dense", PARTS),)),
     Arm("published 10:6", two_stages("published", 10)),
@@ -89,6 +90,30 @@ ARMS = [
     ),
     Arm("causal W512 k1024 14:2", two_stages("causal-w512-k1024", 14, *CAUSAL_W512, "--lighthouse.top_k=1024")),
     Arm("causal W512 layers 1-7 14:2", two_stages("causal-w512-1-7", 14, *CAUSAL_W512, "--lighthouse.layers=1-7")),
+    # Dense stay the two layers with which the base weights look back (docs: the report, "Which layers look back").
+    *(
+        Arm(
+            f"causal W512 layers 0-6 and 8 {parts}:{PARTS - parts}",
+            two_stages("causal-w512-looking-back", parts, *CAUSAL_W512, KEEP_LOOKING_BACK),
+        )
+        for parts in (12, 14, 15)
+    ),
+    Arm(
+        "causal W512 layers 1-6 and 8 14:2",
+        two_stages("causal-w512-looking-back-3", 14, *CAUSAL_W512, "--lighthouse.layers=1-6,8"),
+    ),
+    Arm(
+        "window 1024 alone layers 0-6 and 8 14:2",
+        two_stages("window-1024-looking-back", 14, *WINDOW_ALONE, KEEP_LOOKING_BACK),
+    ),
+    Arm(
+        "short 8192, causal W512 layers 0-6 and 8, dense 4:10:2",
+        (
+            Stage("short", 4, context=8192),
+            Stage("causal-w512-looking-back", 10, (*CAUSAL_W512, KEEP_LOOKING_BACK)),
+            Stage("dense", 2),
+        ),
+    ),
     Arm("window 1024 alone 14:2", two_stages("window-1024", 14, *WINDOW_ALONE)),
     Arm("window 1024 alone 10:6", two_stages("window-1024", 10, *WINDOW_ALONE)),
     Arm(
