@@ -181,6 +181,7 @@ class Chain:
         disk: bytes of a file system of its own for the dump folder.
         room: steps that are to be left when a fault hits.
         longest: seconds until a random moment, at most.
+        starts: how the run is started.
     """
 
     def __init__(
@@ -192,9 +193,10 @@ class Chain:
         disk: int | None = None,
         room: int = 30,
         longest: float = 2.5,
+        starts: type[Run] = Run,
     ) -> None:
         self.base, self.setup, self.reference, self.disk = folder, setup, reference, disk
-        self.room, self.longest = room, longest
+        self.room, self.longest, self._new_run = room, longest, starts
         self.folder, self.ranks, self.data = folder / "run", setup.ranks, setup.data
         self.orders, self.stop_file = folder / "order", folder / "stop"
         self.run: Run | None = None
@@ -232,7 +234,7 @@ class Chain:
         log = self.base / f"logs/{self.starts:03}.log"
         words = self.setup.words(folder or self.folder, self.ranks, self.data, **more)
         known = {"LIGHTHOUSE_STOP_FILE": str(self.stop_file), "LIGHTHOUSE_FAULT": str(self.orders)}
-        return Run(words, log, **known | (variables or {}))
+        return self._new_run(words, log, **known | (variables or {}))
 
     def training(self, room: int = 0) -> Run:
         """The run, at work, started if need be.

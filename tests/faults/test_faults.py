@@ -7,17 +7,20 @@ import torch
 
 from faults import disks, kinds
 from faults.chain import Chain, Reference, Setup, unequal_parts, write_corpus
+from helpers.processes import ForkedRun
 
 STEPS = 40
+#: Through Lighthouse in the middle one.
+THREE_LAYERS = {"llama.n_layers": "3", "lighthouse.layers": "1"}
 
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
     folder = tmp_path_factory.mktemp("faults")
     data = write_corpus(folder / "data")
-    reference = Reference(folder / "reference", Setup(2, data, steps=STEPS), forked=True)
-    setup = Setup(2, data, {"checkpoint.async_mode": "async"}, steps=STEPS)
-    made = Chain(folder / "hit", setup, reference, room=12, longest=0.5)
+    reference = Reference(folder / "reference", Setup(2, data, THREE_LAYERS, steps=STEPS), forked=True)
+    setup = Setup(2, data, THREE_LAYERS | {"checkpoint.async_mode": "async"}, steps=STEPS)
+    made = Chain(folder / "hit", setup, reference, room=12, longest=0.5, starts=ForkedRun)
     yield made
     made.close()
 
@@ -32,6 +35,8 @@ def chain(tmp_path_factory):
         (kinds.stop, {"by": "file"}),
         (disks.too_large, {}),
         (kinds.kill, {"who": "all"}),
+        (kinds.hold, {"then": "SIGCONT"}),
+        (disks.move, {"what": "the dump folder"}),
     ],
     ids=lambda value: value.__name__ if callable(value) else "-".join(map(str, value.values())),
 )

@@ -6,9 +6,13 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from torch.distributed import run as torchrun
+
+from helpers import ranks
 from helpers.launch import environment
 
 
@@ -136,5 +140,41 @@ class Run:
         # Trainers first: torchrun would have no time to end them, but they might have some to act on its death.
         send(signal.SIGKILL, sorted(victims, key=lambda process: process == self.torchrun))
         if self.torchrun in victims:
-            self._popen.wait()
+            wait_for(lambda: self.ended() is not None, "torchrun's end")
         assert_dead(victims)
+
+
+class ForkedRun(Run):
+    """The same from forks of a process that has imported the trainer: torchrun's agent, and from it the trainers."""
+
+    def __init__(self, words: list[str], log: Path, **variables: str) -> None:
+        self.log = log
+        log.write_bytes(b"")
+        arguments = words[words.index("torch.distributed.run") + 1 :]
+        known = environment() | variables
+        self._process = ranks.fork(_torchrun, (arguments, known, str(log), str(log)), environment())
+        assert self._process.pid is not None
+        process = find(self._process.pid)
+        assert process is not None
+        self.torchrun = process
+
+    def ended(self) -> int | None:
+        return self._process.exitcode
+
+    def trainers(self) -> dict[int, Process]:
+        """In the order of their start, which is that of the ranks."""
+        return dict(enumerate(sorted(children(self.torchrun.pid), key=lambda child: (int(child.started), child.pid))))
+
+
+def _torchrun(arguments: list[str], variables: dict[str, str], *files: str) -> None:
+    os.setsid()
+    ranks.begin(variables, *files)
+    launch = torchrun.elastic_launch
+    torchrun.elastic_launch = lambda config, entrypoint: launch(replace(config, start_method="fork"), _trainer)
+    torchrun.main(arguments)
+
+
+def _trainer(*words: str) -> None:
+    """As ``python -u …`` would."""
+    program, *arguments = words[2:] if words[1] == "-m" else words[1:]
+    ranks.become(program, arguments)

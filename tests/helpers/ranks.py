@@ -12,9 +12,12 @@ import socket
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from subprocess import CompletedProcess
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 TRAINER = "torchtitan.experiments.lighthouse.train"
@@ -30,10 +33,15 @@ def shorten_the_end() -> None:
     train.time = SimpleNamespace(**vars(time) | {"sleep": lambda seconds: time.sleep(seconds / 20)})
 
 
-def _rank(program: str, arguments: list[str], variables: dict[str, str], *files: str) -> None:
+def begin(variables: dict[str, str], *files: str) -> None:
+    """In a fork: what it prints goes to these files."""
     for number, file in enumerate(files, start=1):  # standard output and error
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), number)
     os.environ.update(variables)
+
+
+def become(program: str, arguments: list[str]) -> None:
+    """In a fork: run a module or a file."""
     shorten_the_end()
     sys.argv = [program, *arguments]
     try:
@@ -45,13 +53,25 @@ def _rank(program: str, arguments: list[str], variables: dict[str, str], *files:
         atexit._run_exitfuncs()  # the way that multiprocessing ends a process leaves them out
 
 
+def _rank(program: str, arguments: list[str], variables: dict[str, str], *files: str) -> None:
+    begin(variables, *files)
+    become(program, arguments)
+
+
+def fork(target: Callable[..., None], arguments: tuple[Any, ...], variables: dict[str, str]) -> BaseProcess:
+    """Start a process that has imported the trainer; with the first one starts what they are forked from."""
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(["helpers.warm"])
+    process = forks.Process(target=target, args=arguments)
+    with mock.patch.dict(os.environ, variables | {"PYTHONPATH": os.pathsep.join(sys.path)}):
+        process.start()
+    return process
+
+
 def start(
     nproc: int, arguments: list[str], variables: dict[str, str], *, program: str = TRAINER, timeout: float = 240
 ) -> CompletedProcess:
     """Run a program, a module's name or a file's, to its end, with these variables of the environment."""
-    forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload(["helpers.warm"])
-    server = variables | {"PYTHONPATH": os.pathsep.join(sys.path)}
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -62,9 +82,7 @@ def start(
             numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": nproc, "LOCAL_WORLD_SIZE": nproc}
             numbers |= {"MASTER_PORT": port}
             place = {"MASTER_ADDR": "localhost"} | {name: str(number) for name, number in numbers.items()}
-            ranks.append(forks.Process(target=_rank, args=(program, arguments, variables | place, *printed)))
-            with mock.patch.dict(os.environ, server):  # with the first one starts what they are forked from
-                ranks[-1].start()
+            ranks.append(fork(_rank, (program, arguments, variables | place, *printed), variables))
         deadline, failed = time.monotonic() + timeout, False
         while any(rank.exitcode is None for rank in ranks):
             if not failed and any(rank.exitcode for rank in ranks):

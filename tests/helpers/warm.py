@@ -1,5 +1,6 @@
 """What takes long in a trainer's process and is the same in all: ranks are forked from a process that has done it."""
 
+import torch.distributed.run  # noqa: F401
 from torchtitan.experiments.lighthouse import train  # noqa: F401
 from torchtitan.experiments.lighthouse.data.text_datasets import training_files
 from torchtitan.experiments.lighthouse.job_config import Training
