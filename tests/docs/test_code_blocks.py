@@ -254,6 +254,13 @@ def needs_a_run(words: list[str]) -> bool:
     return program_of(words) in {"resume_dense", "report", "evaluate", "check_causality", "eval_niah", "export_hf"}
 
 
+def check_exported(words: list[str]) -> None:
+    """A program of others, on the folder that the document's last ``export_hf`` writes."""
+    page = (REPOSITORY / "docs/your_own_run.md").read_text(encoding="utf-8")
+    (folder,) = re.findall(r"export_hf\.py \S+ --output (\S+)", page)
+    assert any(re.search(rf"(^|=){re.escape(folder)}(,|$)", word) for word in words), f"{shlex.join(words)}: {folder}?"
+
+
 #: What is not run, why, and how it is checked instead. ``--help`` is always run.
 NOT_RUN = [
     Rule("installs, trains or runs the tests", lambda words: words[0] == "make", check_make),
@@ -268,6 +275,7 @@ NOT_RUN = [
     Rule("trains; tests/examples runs it", lambda words: program_of(words).startswith("examples/"), check_python),
     Rule("needs GPUs", lambda words: program_of(words).startswith("benchmarks/"), check_python),
     Rule("trains for hours", lambda words: program_of(words).startswith("studies/"), check_python),
+    Rule("is not installed here", lambda words: words[0] in {"lm_eval", "vllm"}, check_exported),
 ]
 
 
