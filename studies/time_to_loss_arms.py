@@ -114,6 +114,23 @@ ARMS = [
             Stage("dense", 2),
         ),
     ),
+    Arm(
+        "causal W512 layers 0-6 and 8 every 8th dense 14:2",
+        two_stages("causal-w512-looking-back-every-8th", 14, *CAUSAL_W512, KEEP_LOOKING_BACK, f"{DENSE_EVERY}8"),
+    ),
+    Arm(
+        "window 1024 alone layers 0-6 and 8 every 8th dense 14:2",
+        two_stages("window-1024-looking-back-every-8th", 14, *WINDOW_ALONE, KEEP_LOOKING_BACK, f"{DENSE_EVERY}8"),
+    ),
+    Arm(
+        "short 8192, causal W512 layers 0-6 and 8 every 8th dense, dense 8:6:2",
+        (
+            Stage("short", 8, context=8192),
+            Stage("causal-w512-looking-back-every-8th", 6, (*CAUSAL_W512, KEEP_LOOKING_BACK, f"{DENSE_EVERY}8")),
+            Stage("dense", 2),
+        ),
+    ),
+    Arm("short 8192 then long 14:2", (Stage("short", 14, context=8192), Stage("dense", 2))),
     Arm("window 1024 alone 14:2", two_stages("window-1024", 14, *WINDOW_ALONE)),
     Arm("window 1024 alone 10:6", two_stages("window-1024", 10, *WINDOW_ALONE)),
     Arm(
