@@ -236,6 +236,18 @@ def test_a_file_whose_first_record_cannot_be_read_is_named(corpus: Path, suffix:
         check_data(config_of(corpus, bad=1))
 
 
+def test_of_very_many_files_the_first_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More only until one has text."""
+    monkeypatch.setattr(text_datasets, "MOST_CHECKED", 2)
+    for name, texts in {"a": [""], "b": [], "c": [" "], "d": ["text"]}.items():
+        write_jsonl(tmp_path / f"{name}.jsonl", texts)
+    (tmp_path / "e.jsonl").write_text("no JSON\n")
+    check_data(config_of(tmp_path))
+    (tmp_path / "d.jsonl").unlink()
+    with pytest.raises(DataError, match=r"e\.jsonl: record 1 is no JSON"):
+        check_data(config_of(tmp_path))
+
+
 def test_data_without_any_text_is_refused(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", ["", " \n"])
     (tmp_path / "b.jsonl").write_text("")

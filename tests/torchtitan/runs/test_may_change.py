@@ -69,6 +69,24 @@ def resume(here: Path, changed: dict[str, Any] = NOTHING, ranks: int = 1) -> lis
     return contract.check_resume(checkpoint, settings, ranks, fingerprints.of_run(settings))
 
 
+def test_another_folder_of_checkpoints_does_not_start_the_run_over(here):
+    """Unless that is allowed, or nothing has been saved."""
+    elsewhere = {"checkpoint.folder": "saves"}
+    config = here / "run/config.json"
+    config.parent.mkdir()
+    config.write_text(json.dumps(asdict(settings_in(here, NOTHING))))
+    assert contract.to_resume(settings_in(here, elsewhere)) is None
+    save(here)
+    with pytest.raises(
+        Refused, match=r"^checkpoint\.folder='saves': .* saved checkpoint/step-4: .* value: 'checkpoint'"
+    ):
+        contract.to_resume(settings_in(here, elsewhere))
+    for harmless in ({"checkpoint.allow_changed": ["checkpoint.folder"]}, {"checkpoint.enable": False}):
+        assert contract.to_resume(settings_in(here, elsewhere | harmless)) is None
+    config.write_text("")  # cut short by a crash: nothing is known
+    assert contract.to_resume(settings_in(here, elsewhere)) is None
+
+
 # Settings
 
 

@@ -195,7 +195,7 @@ def check_data(job_config: JobConfig) -> None:
 def _has_text(files: list[str], read: Callable[[str], Iterator[str | BadRecord]], skipping: Skipping) -> bool:
     skipped, found = 0, False
     for number, file in enumerate(files):
-        if found and (number == MOST_CHECKED or is_remote(file)):
+        if found and (number >= MOST_CHECKED or is_remote(file)):
             break
         for text in read(file):
             if isinstance(text, BadRecord):

@@ -47,9 +47,15 @@ Fingerprints = Mapping[str, Any] | None
 
 
 def to_resume(settings: MergedConfig) -> Path | None:
-    """The checkpoint in the run's own folder from which it goes on, as far as names tell; None where it starts."""
+    """The checkpoint in the run's own folder from which it goes on, as far as names tell; None where it starts.
+
+    Raises:
+        Refused: where it would start over, because ``checkpoint.folder`` is another one than that of its checkpoints.
+    """
     checkpoint = settings.checkpoint
     complete = complete_checkpoints_in(Path(settings.job.dump_folder) / checkpoint.folder)
+    if not complete:
+        _refuse_to_start_over(settings)
     named = [path for path in complete if path.name == f"step-{checkpoint.load_step}"]
     return next(reversed(named or complete), None)
 
@@ -121,6 +127,23 @@ def check_continuation(before: StageBefore, settings: MergedConfig, world_size: 
         raise Refused(f"{before.next_name} cannot be built: {error}") from error
     _check_shapes(before, settings)
     return [_line(change) for change in done if may_change.rule_of(change.setting) in may_change.IN_NEXT_STAGE]
+
+
+def _refuse_to_start_over(settings: MergedConfig) -> None:
+    """A run that holds checkpoints elsewhere would train new weights without a word."""
+    dump_folder, setting = Path(settings.job.dump_folder), "checkpoint.folder"
+    if not settings.checkpoint.enable or setting in settings.checkpoint.allow_changed:
+        return
+    try:
+        before = read_config(dump_folder / CONFIG_FILE)["checkpoint"]["folder"]
+    except (OSError, ValueError, KeyError):
+        return
+    if before != settings.checkpoint.folder and (complete := complete_checkpoints_in(dump_folder / before)):
+        raise Refused(
+            f"{setting}={settings.checkpoint.folder!r}: no checkpoint there, and the run has saved "
+            f"{before}/{complete[-1].name}: it would start over; nearest valid value: {before!r}. To do that, choose "
+            f"another job.dump_folder, or allow it on purpose: --checkpoint.allow_changed {setting}"
+        )
 
 
 def _line(change: Change) -> str:
