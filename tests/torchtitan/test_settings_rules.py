@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 from torchtitan.config import ConfigManager
 from torchtitan.experiments.lighthouse.errors import Refused, exit_on_refusal
+from torchtitan.experiments.lighthouse.seams.settings import CheckedConfigManager
 from torchtitan.experiments.lighthouse.settings_rules import RANGES, _settings_of, check_settings
 from torchtitan.experiments.lighthouse.train import check_tokenizer
 
@@ -79,6 +80,21 @@ def test_every_number_that_training_reads_has_a_range():
     }  # fmt: skip
     assert RANGES.keys() <= numbers
     assert {name for name in numbers - RANGES.keys() if not name.startswith(others)} == set()
+
+
+@pytest.mark.parametrize(
+    ("module", "why"),
+    [
+        (None, "must name a module with the sections .*lighthouse"),
+        ("nowhere.at_all", r"cannot be used \(ModuleNotFoundError: No module named 'nowhere'\)"),
+        ("json", r"cannot be used .*'json' has no attribute 'JobConfig'\)"),
+        ("torchtitan.config", "must name a module with the sections llama, lighthouse"),
+    ],
+)
+def test_the_module_of_the_settings_is_named(module, why):
+    nearest = "nearest valid value: 'torchtitan.experiments.lighthouse.job_config'"
+    with pytest.raises(Refused, match=rf"^job\.custom_config_module {why}; {nearest}$"):
+        CheckedConfigManager().parse_args([f"--job.custom_config_module={module}"] if module else [])
 
 
 def test_a_vocabulary_smaller_than_the_tokenizer(monkeypatch):

@@ -11,14 +11,16 @@ import time
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torchtitan.train as upstream
 from torchtitan.config import ConfigManager
+from torchtitan.config import JobConfig as Upstreams
 from torchtitan.experiments.lighthouse.errors import Refused, as_refusal, exit_on_refusal
-from torchtitan.experiments.lighthouse.job_config import MergedConfig
+from torchtitan.experiments.lighthouse.job_config import JobConfig, MergedConfig
 from torchtitan.experiments.lighthouse.runs.stopping import STOPPED
 from torchtitan.experiments.lighthouse.seams.console import quiet_logger
 from torchtitan.experiments.lighthouse.seams.trainer import HookedTrainer
@@ -52,6 +54,18 @@ class CheckedConfigManager(ConfigManager):
             raise Refused(f"--job.config_file: {error}") from error
         check_settings(config)
         return config
+
+    def _maybe_add_custom_config(self, args: list[str], toml_values: dict[str, Any] | None) -> type[Upstreams]:
+        setting, nearest = "job.custom_config_module", f"nearest valid value: {JobConfig.__module__!r}"
+        try:
+            merged = super()._maybe_add_custom_config(args, toml_values)
+        except Exception as error:  # of many kinds: it is anybody's module
+            raise Refused(f"{setting} cannot be used ({type(error).__name__}: {error}); {nearest}") from error
+        known = {field.name for field in fields(merged)}
+        missing = [field.name for field in fields(JobConfig) if field.name not in known]
+        if missing and not {"-h", "--help"} & set(args):
+            raise Refused(f"{setting} must name a module with the sections {', '.join(missing)}; {nearest}")
+        return merged
 
 
 def die_with_launcher() -> None:
