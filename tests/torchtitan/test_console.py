@@ -4,6 +4,7 @@ import ast
 import logging
 import re
 import shlex
+import warnings
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,21 @@ def test_all_lines_are_there_in_debug_mode(debug, monkeypatch, capsys):
     else:
         (line,) = lines
         assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d WARNING of rank 3: look", line)
+
+
+@pytest.mark.parametrize(("rank", "seen"), [("0", 1), ("1", 0)])
+def test_a_warning_of_python_is_shown_once(rank, seen, monkeypatch):
+    handlers = logger.handlers[:]
+    monkeypatch.delenv("LIGHTHOUSE_DEBUG", raising=False)
+    monkeypatch.setenv("RANK", rank)
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("default")
+        try:
+            seam.quiet_logger()
+        finally:
+            logger.handlers[:] = handlers
+        warnings.warn("every rank gives it", stacklevel=1)
+    assert len(shown) == seen
 
 
 RECORDS = [

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+import warnings
 from pathlib import Path
 
 import torchtitan
@@ -85,6 +87,9 @@ def quiet_logger() -> None:
     if os.environ.get(DEBUG):
         return
     rank = int(os.environ.get("RANK", 0))
+    if rank and not sys.warnoptions:
+        # Python's own are of the code, and the same on every rank.
+        warnings.simplefilter("ignore")
     for handler in logger.handlers:
         handler.addFilter(Essentials(rank))
         handler.setFormatter(Line(rank))
