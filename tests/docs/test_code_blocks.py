@@ -272,6 +272,11 @@ NOT_RUN = [
     Rule("trains", lambda words: program_of(words) in {"train", "torchtitan.train"}, check_python),
     Rule("trains", lambda words: program_of(words) == "sweep" and {"run", "stage2"} & {*words}, check_python),
     Rule("reads a run that was trained before", needs_a_run, check_python),
+    Rule(
+        "is slow for its imports; tests/torchtitan/test_plan.py runs it",
+        lambda words: program_of(words) == "plan",
+        check_python,
+    ),
     Rule("trains; tests/examples runs it", lambda words: program_of(words).startswith("examples/"), check_python),
     Rule("needs GPUs", lambda words: program_of(words).startswith("benchmarks/"), check_python),
     Rule("trains for hours", lambda words: program_of(words).startswith("studies/"), check_python),

@@ -1,5 +1,6 @@
 """The paper's runs by name."""
 
+import re
 import shlex
 from pathlib import Path
 
@@ -51,8 +52,16 @@ def test_splits_share_one_schedule():
 
 def test_list_and_show(tmp_path, capsys):
     sweep.main(["list", "--outputs", str(tmp_path)])
-    lines = capsys.readouterr().out.splitlines()
+    listed, explanation = capsys.readouterr().out.split("\n\n")
+    lines = listed.splitlines()
     assert len(lines) == 1 + len(sweep.RUNS) and "not started" in lines[1]
+    assert "S pooled queries, keys and values, its rows" in explanation and "8 × NVIDIA H200" in explanation
+    assert "1m-cp8 on 32" in explanation, "one run needs more GPUs than the others"
+    # Hours follow from the speed: 6,000 dense steps of 32 sequences on 8 GPUs.
+    cells = next(re.split(r"  +", line) for line in lines if line.startswith("l3-p4-k1536-norm "))
+    speed, hours = (cells[at].split(" / ")[1] for at in (4, 5))
+    expected = 6000 * 32 * 98304 / 8 / int(speed.replace(",", "")) / 3600
+    assert cells[0] == "l3-p4-k1536-norm" and float(hours) == pytest.approx(expected, abs=0.06)
     sweep.main(["show", "l3-p2-k2048-dilated", "--outputs", str(tmp_path), "--", "--training.dataset=c4_local"])
     shown = capsys.readouterr().out
     assert "--lighthouse.top_k=2048" in shown and "32 tiles" not in shown and "S 32,768 of 98,304" in shown

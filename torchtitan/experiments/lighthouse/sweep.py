@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """The paper's runs by name: every row of its table, the splits and the context-parallel rows.
 
-    python scripts/sweep.py list                          # names, geometry, published figures, how far each one is
+    python scripts/sweep.py list                          # names, geometry, predictions, how far each one is
     python scripts/sweep.py show l3-p2-k1536-dilated      # the command and the settings, nothing is started
     python scripts/sweep.py run l3-p2-k1536-dilated       # Stage 1
     python scripts/sweep.py stage2 l3-p2-k1536-dilated    # Stage 2, from its last checkpoint
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     from torchtitan.experiments.lighthouse.job_config import MergedConfig
+    from torchtitan.experiments.lighthouse.planning.rates import Rates
 
 STEPS = 16_000
 
@@ -175,18 +176,57 @@ def show(run: Run, options: argparse.Namespace) -> None:
     print(next_stage.as_toml(asdict(settings)))
 
 
-def table(outputs: Path) -> str:
-    lines = []
+#: What the words in ``table`` mean.
+EXPLANATION = """
+A line is one run. S rows: in a Lighthouse layer attention runs on S pooled queries, keys and values, its rows, in place
+of the N tokens of the sequence; k of each level are expanded, in tiles that each choose on their own.
+GiB of a GPU, tokens/s/GPU and hours, Stage 1 / Stage 2, are predictions (docs/plan.md) for {where}.
+"""
+
+
+def table(options: argparse.Namespace) -> str:
+    """A line for each run, and what the columns mean.
+
+    Raises:
+        Refused: for a GPU without rates, or a number of GPUs that no run can have.
+    """
+    from torchtitan.experiments.lighthouse.planning.rates import read_rates
+    from torchtitan.experiments.lighthouse.planning.tables import aligned
+    from torchtitan.experiments.lighthouse.runs.launch import read_torchrun
+
+    rates, gpus = read_rates(options.gpu, options.rates), read_torchrun(options.torchrun).world_size
+    lines = [("name", "rows", "steps", "GiB", "tokens/s/GPU", "hours", "published loss", "here")]
+    larger = []
     for run in RUNS.values():
+        settings = settings_of(run)
         published = f"{run.loss:.4f}" if run.loss is not None else ""
         steps = "" if run.is_dense else f"{run.stage1_steps // 1000}k+{(STEPS - run.stage1_steps) // 1000}k"
-        lines.append((run.name, geometry(settings_of(run)), steps, published, progress(run, outputs)))
-    header = ("name", "rows", "steps", "published loss", "here")
-    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in (header, *lines)
+        taken = max(gpus, _least_gpus(settings))
+        larger += [f"{run.name} on {taken}"] if taken > gpus else []
+        figures = predictions(run, settings, taken, rates)
+        lines.append((run.name, geometry(settings), steps, *figures, published, progress(run, options.outputs)))
+    where = ", ".join([f"{gpus} × {rates.gpu}", *larger, f"rates of {rates.date}"])
+    return "\n".join(aligned(lines)) + "\n" + EXPLANATION.format(where=where).rstrip()
+
+
+def predictions(run: Run, settings: MergedConfig, gpus: int, rates: Rates) -> tuple[str, str, str]:
+    """GiB of a GPU, tokens/s of a GPU and hours, of Stage 1 / Stage 2 (of a dense run, of the one stage)."""
+    from torchtitan.experiments.lighthouse.planning.step import predict
+    from torchtitan.experiments.lighthouse.planning.workload import workload
+
+    work = workload(settings, gpus)
+    stages = [(work, run.stage1_steps)] + ([] if run.is_dense else [(work.dense(), STEPS - run.stage1_steps)])
+    found = [(predict(stage, rates), steps * stage.tokens_per_step) for stage, steps in stages]
+    return (
+        " / ".join(f"{one.memory_gib:.0f}" for one, _ in found),
+        " / ".join(f"{one.tokens_per_second:,.0f}" for one, _ in found),
+        " / ".join(f"{one.hours(tokens, gpus):.1f}" for one, tokens in found),
     )
+
+
+def _least_gpus(settings: MergedConfig) -> int:
+    parallelism = settings.parallelism
+    return parallelism.context_parallel_degree * max(1, parallelism.data_parallel_shard_degree)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -202,6 +242,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         default="--standalone --nproc_per_node 8",
         help="torchrun's arguments as one string; default: %(default)s",
     )
+    parser.add_argument("--gpu", default="h200", help="list: whose rates, h100 or h200 (default: %(default)s)")
+    parser.add_argument("--rates", type=Path, help="list: a file of plan --measure, in place of --gpu")
     options = parser.parse_args(arguments, argparse.Namespace(overrides=overrides))
     if options.command != "list" and options.name not in RUNS:
         parser.error(f"name {options.name!r}: must be one of {', '.join(RUNS)}")
@@ -216,7 +258,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     with exit_on_refusal("sweep"):
         if options.command == "list":
-            print(table(options.outputs))
+            print(table(options))
         elif options.command == "show":
             show(RUNS[options.name], options)
         else:

@@ -1,0 +1,116 @@
+"""The command that says what a run will cost."""
+
+import json
+import shutil
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from torchtitan.experiments.lighthouse import plan
+from torchtitan.experiments.lighthouse.data.tokenizer import BYTE_TOKENIZER_PATH
+from torchtitan.experiments.lighthouse.job_config import check_degrees
+from torchtitan.experiments.lighthouse.planning import choices
+from torchtitan.experiments.lighthouse.planning.workload import workload
+from torchtitan.experiments.lighthouse.seams.settings import CheckedConfigManager
+from torchtitan.experiments.lighthouse.train import check_tokenizer
+
+from helpers.settings import REPOSITORY, model_args, parse
+
+LLAMA = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 512, "num_hidden_layers": 12,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 1536, "vocab_size": 1000,
+    "rope_theta": 10000.0, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def refusal(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
+    with pytest.raises(SystemExit) as stop:
+        plan.main(arguments)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_a_plan_and_its_settings(tmp_path: Path, capsys):
+    """Of a Hugging Face model, with the trainer's settings after the --; the trainer takes what was written."""
+    model, file = tmp_path / "config.json", tmp_path / "drafts/mine.toml"
+    model.write_text(json.dumps(LLAMA))
+    plan.main([
+        *("--model", str(model), "--seq-len", "65536", "--gpus", "4", "--tokens", "1e9", "--split", "3:1"),
+        *("--toml", str(file), "--", "--lighthouse.local_window=512", "--training.seq_len=32768"),
+    ])  # fmt: skip
+    printed = capsys.readouterr().out
+    model.unlink()
+    settings = CheckedConfigManager().parse_args(["--job.config_file", str(file)])
+    args = model_args(settings)  # refuses an invalid geometry
+    check_degrees(settings.parallelism, 4)
+    check_tokenizer(settings)
+    assert (args.dim, args.n_kv_heads, args.vocab_size, args.lighthouse_layers) == (512, 4, 1000, tuple(range(2, 10)))
+    assert settings.training.seq_len == 32768 and settings.lighthouse.local_window == 512
+    assert settings.lighthouse.top_k == 512 and "S = 6,144 rows, 18.8%" in printed, "the paper's share"
+    tokens = settings.training.global_batch_size * 32768
+    assert settings.lr_scheduler.total_steps == round(1e9 / tokens)
+    assert settings.training.steps == pytest.approx(0.75 * settings.lr_scheduler.total_steps, abs=1)
+    assert settings.checkpoint.interval_minutes == 60 and "one every 60 minutes" in printed
+    assert "→  none" in printed and settings.activation_checkpoint.mode == "none"
+    # The plan is in the file, and the file is as it was printed.
+    comment = [line[2:] for line in file.read_text().splitlines() if line.startswith("# ")]
+    assert {line for line in comment[1:] if line} <= set(printed.splitlines())
+    assert "hf_config" not in tomllib.loads(file.read_text())["model"]
+    # What to do with it, and what not to rely on.
+    assert f"--nproc_per_node 4 -m torchtitan.experiments.lighthouse.train --job.config_file {file}" in printed
+    assert settings.job.dump_folder == "./outputs/mine" and "resume_dense.py ./outputs/mine" in printed
+    assert "258 tokens for the 1,000 rows of the model" in printed
+    assert "less sure: more than 2 GPUs, head dimension 64, window_forward" in printed
+
+
+def test_a_model_brings_its_tokenizer(tmp_path: Path, capsys):
+    """A folder from the Hub; one token more than the model has rows is refused before a file is written."""
+    model, file = tmp_path / "model", tmp_path / "mine.toml"
+    shutil.copytree(BYTE_TOKENIZER_PATH, model)
+    (model / "config.json").write_text(json.dumps(LLAMA | {"vocab_size": 258}))
+    arguments = ["--model", str(model), "--seq-len", "65536", "--gpus", "2", "--toml", str(file)]
+    plan.main(arguments)
+    assert f"tokenizer: {model}, 258 tokens" in capsys.readouterr().out
+    assert tomllib.loads(file.read_text())["model"]["hf_assets_path"] == str(model)
+    file.unlink()
+    (model / "config.json").write_text(json.dumps(LLAMA | {"vocab_size": 257}))
+    assert "258 tokens, but the model" in refusal(arguments, capsys) and not file.exists()
+
+
+def test_what_cannot_be_planned_is_one_line(capsys):
+    message = refusal(["--model", "530m", "--seq-len", "98304", "--top-k", "1500"], capsys)
+    assert "top_k=1500" in message and "nearest valid values: 1408 or 1536" in message
+    message = refusal(["--model", "530m", "--seq-len", "98310"], capsys)
+    assert "seq_len=98310: must be divisible by" in message and "98304" in message
+    message = refusal(["--model", "32m", "--seq-len", "98304", "--memory", "2"], capsys)
+    assert "memory of 2 GiB" in message and "nearest valid value: 6 GiB" in message and "'full'" in message
+    assert "must divide the 4 GPUs; nearest valid value: 2" in refusal(
+        ["--gpus", "4", "--context-parallel", "3"], capsys
+    )
+    assert "whole nodes of 8; nearest valid value: 16" in refusal(["--gpus", "13"], capsys)
+    assert "must be a flavor (530m" in refusal(["--model", "7b"], capsys)
+    assert "nearest valid value: 1" in refusal(["--tokens", "-3"], capsys)
+    assert "there is no GPU here" in refusal(["--measure", "x.json"], capsys)
+
+
+def test_a_longer_context_takes_more_gpus_for_each_sequence(capsys):
+    """A file of settings, on GPUs that do not hold a sequence each."""
+    config = str(REPOSITORY / "train_configs/530m_cp.toml")
+    plan.main(["--model", config, "--seq-len", "524288", "--gpus", "8", "--memory", "30"])
+    chosen = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("→"))
+    assert int(chosen.split()[2]) > 1 and chosen.endswith("fits") and not chosen.endswith("does not fit")
+
+
+def test_the_memory_that_a_refusal_names_is_enough(capsys):
+    base = ["--model", "32m", "--seq-len", "98304"]
+    plan.main([*base, "--memory", "6", "--checkpointing", "full"])
+    assert "→  full" in capsys.readouterr().out
+
+
+def test_checkpoints_are_as_rare_as_failures():
+    """Young's rule: 4 times the GPUs, half the minutes; never further apart than an hour."""
+    work = workload(parse("530m_stage1.toml"), 8)
+    at = {gpus: choices.interval_minutes(replace(work, gpus=gpus), 1e8) for gpus in (8, 8192, 32768)}
+    assert at[8] == choices.LONGEST and at[8192] == pytest.approx(2 * at[32768], abs=1) and at[32768] >= 5

@@ -1,0 +1,1 @@
+"""What the command ``plan`` does: memory and time of a training step, predicted."""

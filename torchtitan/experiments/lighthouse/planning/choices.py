@@ -1,0 +1,115 @@
+"""Which activation checkpointing, and over how many GPUs a sequence is split: what fits, and how fast each is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from torchtitan.experiments.lighthouse.errors import Refused
+from torchtitan.experiments.lighthouse.planning import memory
+from torchtitan.experiments.lighthouse.planning.rates import Rates
+from torchtitan.experiments.lighthouse.planning.step import GPUS_PER_NODE, Prediction, predict
+from torchtitan.experiments.lighthouse.planning.workload import CHECKPOINTING, Workload
+
+#: Of the budget, the part of the steps in Stage 1, as the paper splits it.
+SPLIT = (10, 6)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to run all stages."""
+
+    work: Workload
+    """Of Stage 1."""
+    stage1: Prediction
+    dense: Prediction
+    """Of Stage 2, and of a model that is dense from the start."""
+    hours: float
+    """Of both stages together."""
+
+    @property
+    def memory_gib(self) -> float:
+        return max(self.stage1.memory_gib, self.dense.memory_gib)
+
+    def fits(self, rates: Rates) -> bool:
+        return memory.fits(self.memory_gib, rates.memory_gib)
+
+
+def context_parallel_degrees(work: Workload) -> Iterator[int]:
+    """Degrees that divide the GPUs, leave a multiple of the data-parallel ranks in a step, cut the sequence into chunks
+    of whole tiles (a load-balanced rank holds two), and stay on a node, unless it is the degree that ``work`` has."""
+    for degree in {*range(1, min(work.gpus, GPUS_PER_NODE) + 1), work.context_parallel}:
+        ranks, chunks = work.gpus // degree, 1 if degree == 1 else 2 * degree
+        if work.gpus % degree or work.seq_len % chunks or work.sequences_per_step % (ranks * work.sequences_at_once):
+            continue
+        if work.lighthouse_layers:
+            try:
+                work.geometry.validate(work.seq_len, chunks)
+            except ValueError:
+                continue
+        yield degree
+
+
+def choices(work: Workload, rates: Rates, tokens: float, split: tuple[float, float] = SPLIT) -> list[Choice]:
+    """All that are valid, fastest first.
+
+    Args:
+        tokens: of both stages together.
+        split: how they are shared between Stage 1 and Stage 2.
+    """
+    found = []
+    for degree in context_parallel_degrees(work):
+        for mode in CHECKPOINTING:
+            one = replace(work, context_parallel=degree, checkpointing=mode)
+            stage1, dense = predict(one, rates), predict(one.dense(), rates)
+            shares = [part / sum(split) for part in split]
+            hours = sum(
+                stage.hours(share * tokens, work.gpus) for stage, share in zip((stage1, dense), shares, strict=True)
+            )
+            found.append(Choice(one, stage1, dense, hours))
+    return sorted(found, key=lambda choice: choice.hours)
+
+
+def best(found: Sequence[Choice], rates: Rates) -> Choice:
+    """The fastest one that fits.
+
+    Raises:
+        Refused: if none does, naming the memory that one would need.
+    """
+    for choice in found:
+        if choice.fits(rates):
+            return choice
+    least = min(found, key=lambda choice: choice.memory_gib)
+    work = least.work
+    raise Refused(
+        f"memory of {rates.memory_gib:g} GiB: {work.n_layers} layers at {work.seq_len:,} tokens do not fit on "
+        f"{work.gpus} GPU(s); nearest valid value: {memory.needed_gib(least.memory_gib):.0f} GiB (with "
+        f"{description(work)}), or more GPUs, or a shorter context"
+    )
+
+
+def description(work: Workload) -> str:
+    split = (
+        f"each sequence on {work.context_parallel} GPUs" if work.context_parallel > 1 else "each sequence on one GPU"
+    )
+    return f"activation checkpointing {work.checkpointing!r}, {split}"
+
+
+def save_seconds(work: Workload, bytes_per_second: float) -> float:
+    """How long the run stands still for one checkpoint."""
+    return memory.checkpoint_bytes(work) / bytes_per_second
+
+
+#: Between two failures of one GPU or what belongs to it: 419 in 54 days on 16,384 GPUs ("The Llama 3 Herd of Models",
+#: arXiv 2407.21783, section 3.3.4).
+GPU_HOURS_PER_FAILURE = 54 * 24 * 16_384 / 419
+
+#: Bounds for the minutes between two checkpoints. A person, too, does not like to lose more than an hour.
+SHORTEST, LONGEST = 5, 60
+
+
+def interval_minutes(work: Workload, bytes_per_second: float) -> int:
+    """Between two checkpoints: √(2 · time of a save · time between failures), Young's rule, within bounds."""
+    between_failures = GPU_HOURS_PER_FAILURE * 3600 / work.gpus
+    minutes = (2 * save_seconds(work, bytes_per_second) * between_failures) ** 0.5 / 60
+    return round(min(max(minutes, SHORTEST), LONGEST))

@@ -1,0 +1,152 @@
+"""What ``plan`` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torchtitan.experiments.lighthouse.data.tokenizer import build_tokenizer
+from torchtitan.experiments.lighthouse.job_config import MergedConfig
+from torchtitan.experiments.lighthouse.planning import choices, memory
+from torchtitan.experiments.lighthouse.planning.choices import Choice
+from torchtitan.experiments.lighthouse.planning.rates import Rates
+from torchtitan.experiments.lighthouse.planning.step import GPUS_PER_NODE
+from torchtitan.experiments.lighthouse.planning.workload import Workload
+
+#: The largest number of GPUs that any run was measured on which the predictions were compared with.
+MEASURED_GPUS = 2
+
+#: That the rates of attention were measured with, and every such run had.
+MEASURED_HEAD_DIM = 128
+
+
+def head(model: str, work: Workload, rates: Rates) -> list[str]:
+    sequences = "1 sequence" if work.sequences_per_step == 1 else f"{work.sequences_per_step:,} sequences"
+    return [
+        f"Model: {model}, {work.parameters:,} parameters, {work.lighthouse_layers} of {work.n_layers} layers through "
+        "Lighthouse",
+        f"GPUs: {work.gpus} × {rates.gpu}, {rates.memory_gib:g} GiB each; rates of {rates.date}",
+        f"Step: {work.tokens_per_step:,} tokens, {sequences} of {work.seq_len:,}",
+    ]
+
+
+def budgets(work: Workload) -> list[str]:
+    """S, tiles and share of the budget, and the other valid ones around it."""
+    geometry = work.geometry
+    if not work.selects:
+        return [f"Selection: none, a window of {work.window:,} alone"]
+    valid = [one.top_k for one in work.valid_top_k()]
+    around = sorted(sorted(valid, key=lambda k: abs(k - geometry.top_k))[:9])
+    return [
+        f"Selection: top_k {geometry.top_k:,} in {geometry.num_tiles} tiles, L {geometry.num_levels}, "
+        f"p {geometry.pooling_factor}: S = {work.rows:,} rows, {work.rows / work.seq_len:.1%} of the sequence",
+        f"Valid top_k: {', '.join(map(str, around))}" + (f" … {valid[-1]}" if valid[-1] != around[-1] else ""),
+    ]
+
+
+def ways(found: Sequence[Choice], chosen: Choice, rates: Rates) -> list[str]:
+    """Every way to run it, fastest first."""
+    rows = [("", "checkpointing", "context parallel", "GiB", "tokens/s/GPU", "hours", "")]
+    for choice in found:
+        one, two = choice.stage1, choice.dense
+        rows.append(
+            (
+                "→" if choice is chosen else "",
+                choice.work.checkpointing,
+                str(choice.work.context_parallel),
+                f"{one.memory_gib:.1f} / {two.memory_gib:.1f}",
+                f"{one.tokens_per_second:,.0f} / {two.tokens_per_second:,.0f}",
+                f"{choice.hours:,.1f}",
+                "fits" if choice.fits(rates) else "does not fit",
+            )
+        )
+    return [
+        "Ways to run it, fastest first; Stage 1 / dense. A way fits if "
+        f"{memory.MARGIN:.0%} and {memory.RUNTIME_GIB:g} GiB of memory are left:",
+        *aligned(rows),
+    ]
+
+
+def stages(chosen: Choice, stage1: int, steps: int) -> list[str]:
+    work = chosen.work
+    rows = [("", "steps", "tokens", "GiB", "tokens/s/GPU", "s/step", "hours")]
+    whole = [
+        ("Stage 1", stage1, chosen.stage1),
+        ("Stage 2, dense", steps - stage1, chosen.dense),
+        ("all dense", steps, chosen.dense),
+    ]
+    for name, count, predicted in whole:
+        tokens = count * work.tokens_per_step
+        rows.append(
+            (
+                name,
+                f"{count:,}",
+                _short(tokens),
+                f"{predicted.memory_gib:.1f}",
+                f"{predicted.tokens_per_second:,.0f}",
+                f"{predicted.seconds:.2f}",
+                f"{predicted.hours(tokens, work.gpus):,.1f}",
+            )
+        )
+    both = ("both stages", f"{steps:,}", _short(steps * work.tokens_per_step), "", "", "", f"{chosen.hours:,.1f}")
+    rows.insert(3, both)
+    return aligned(rows)
+
+
+def checkpoints(chosen: Choice, disk: float, minutes: int) -> str:
+    """How large, how often, and how many.
+
+    Args:
+        disk: GB/s.
+    """
+    size, seconds = memory.checkpoint_bytes(chosen.work) / 1e9, choices.save_seconds(chosen.work, disk * 1e9)
+    count = int(chosen.hours * 60 / minutes) + 1
+    return (
+        f"Checkpoints: {size:.1f} GB each, {seconds:.1f} s at {disk:g} GB/s; one every {minutes} minutes "
+        f"(checkpoint.interval_minutes), {count:,} in all: {count * size:,.0f} GB if all are kept "
+        "(checkpoint.keep_latest_k)"
+    )
+
+
+def doubts(work: Workload, rates: Rates) -> list[str]:
+    """Where the predictions go beyond what they were compared with."""
+    beyond = []
+    if work.context_parallel > MEASURED_GPUS:
+        beyond.append(f"context parallel above {MEASURED_GPUS}")
+    if work.gpus > MEASURED_GPUS:
+        beyond.append(f"more than {MEASURED_GPUS} GPUs")
+    if work.gpus > GPUS_PER_NODE:
+        beyond.append("several nodes")
+    if work.head_dim != MEASURED_HEAD_DIM:
+        beyond.append(f"head dimension {work.head_dim}")
+    needed = {"link": work.gpus > 1, "window_forward": work.window, "window_backward": work.window}
+    beyond += [f"{name} of this GPU" for name in rates.assumed if needed.get(name, True)]
+    return [f"Not measured, so less sure: {', '.join(beyond)} (docs/plan.md)"] if beyond else []
+
+
+def start(file: Path, settings: MergedConfig, gpus: int) -> list[str]:
+    """What to do with the settings that were written."""
+    launch = (
+        f"torchrun --standalone --nproc_per_node {gpus} -m torchtitan.experiments.lighthouse.train --job.config_file "
+        if gpus <= GPUS_PER_NODE
+        else f"sbatch --nodes {gpus // GPUS_PER_NODE} scripts/multinode.slurm "
+    )
+    tokens, rows = build_tokenizer(settings).get_vocab_size(), settings.llama.vocab_size
+    return [
+        f"Settings of Stage 1: {file}",
+        f"Data: {settings.training.dataset}; tokenizer: {settings.model.hf_assets_path}, {tokens:,} tokens for the "
+        f"{rows:,} rows of the model",
+        f"Stage 1: {launch}{file}",
+        f"Stage 2: python scripts/resume_dense.py {settings.job.dump_folder}",
+    ]
+
+
+def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Rows of cells as lines, in columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _short(tokens: float) -> str:
+    """Tokens in billions, or in millions."""
+    return f"{tokens / 1e9:,.2f} B" if tokens >= 1e9 else f"{tokens / 1e6:,.1f} M"
