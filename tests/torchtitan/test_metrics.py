@@ -13,6 +13,7 @@ from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.experiments.lighthouse import resume_dense
 from torchtitan.experiments.lighthouse.data.tokenizer import build_tokenizer
+from torchtitan.experiments.lighthouse.errors import DataError
 from torchtitan.experiments.lighthouse.metrics import (
     JsonlLogger,
     LighthouseMetricsProcessor,
@@ -87,6 +88,10 @@ def test_validation_is_in_bits_per_byte_of_the_text_that_was_used(tmp_path, monk
         assert (counted.tokens, counted.bytes) == (2 * 15, 2 * 12)
     list(counted)
     assert (counted.tokens, counted.bytes) == (3 * 15, 3 * 12)
+    others = iter([True, False])
+    assert len(list(Counted(batches, tokenizer, lambda yes: yes and next(others)))) == 1
+    with pytest.raises(DataError, match="too short for one sequence of validation.seq_len on every data-parallel rank"):
+        list(Counted([], tokenizer))
 
     given, lines = {}, JsonlLogger(tmp_path / "metrics.jsonl", "stage2")
     monkeypatch.setattr(MetricsProcessor, "log_validation", lambda self, loss, step, extra: given.update(extra))

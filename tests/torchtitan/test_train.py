@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -106,13 +107,16 @@ def test_gradient_accumulation_equals_a_larger_batch(baseline, tmp_path):
 
 def test_fsdp_trains_validates_and_resumes(tmp_path):
     """Two ranks, with activation checkpointing, compilation, deterministic mode and dense steps: stopped and resumed,
-    equal to the bit to a run that was not."""
+    equal to the bit to a run that was not. Validation ends with the rank that has less text."""
+    text = Path(json.__file__).read_text()
+    (tmp_path / "validation.jsonl").write_text("".join(json.dumps({"text": text[:n]}) + "\n" for n in (2200, 1100)))
     settings = {
         "activation_checkpoint__mode": "selective", "activation_checkpoint__selective_ac_option": "op",
         "compile__enable": None, "compile__backend": "aot_eager", "debug__deterministic": None,
         "lighthouse__dense_every": "3",
-        "validation__enable": None, "validation__dataset": "stdlib_validation", "validation__seq_len": "1024",
-        "validation__local_batch_size": "1", "validation__steps": "2", "validation__freq": "2",
+        "validation__enable": None, "validation__seq_len": "1024",
+        "validation__dataset": "c4_local_validation", "validation__dataset_path": str(tmp_path),
+        "validation__local_batch_size": "1", "validation__steps": "-1", "validation__freq": "2",
     }  # fmt: skip
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     # Samples of text change nothing.

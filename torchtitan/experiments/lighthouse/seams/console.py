@@ -38,6 +38,9 @@ _WARNED_BY_ALL = {
     ("state_dict_adapter", "__init__"),
 }
 
+#: The functions of upstream whose warnings are not true here: ranks agree where validation ends.
+_NOT_SO = {("validate", "__init__")}
+
 #: As ``extra`` of a line of ours that only explains upstream's.
 DETAIL = {"detail": True}
 
@@ -59,6 +62,8 @@ class Essentials(logging.Filter):
         ours = path.is_relative_to(_PACKAGE)
         upstreams = not ours and path.is_relative_to(_UPSTREAM)
         if record.levelno >= logging.WARNING:
+            if upstreams and where in _NOT_SO:
+                return False
             if not (upstreams and where in _WARNED_BY_ALL):
                 return True
             message, again = record.getMessage(), record.getMessage() in self._warned
