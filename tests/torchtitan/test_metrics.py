@@ -90,7 +90,7 @@ def test_validation_is_in_bits_per_byte_of_the_text_that_was_used(tmp_path, monk
     assert (counted.tokens, counted.bytes) == (3 * 15, 3 * 12)
     others = iter([True, False])
     assert len(list(Counted(batches, tokenizer, lambda yes: yes and next(others)))) == 1
-    with pytest.raises(DataError, match="too short for one sequence of validation.seq_len on every data-parallel rank"):
+    with pytest.raises(DataError, match=r"too short for one sequence of .* on every data-parallel rank"):
         list(Counted([], tokenizer))
 
     given, lines = {}, JsonlLogger(tmp_path / "metrics.jsonl", "stage2")
