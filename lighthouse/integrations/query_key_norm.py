@@ -39,6 +39,10 @@ def keep_rows(config: Any) -> None:
     Whoever makes the mask is told the configuration and not the model. The attention layers hold it too, and are found
     by it among the objects of the process, a matter of a tenth of a second. Calling it again changes nothing.
     """
+    # No other way was found that knows the layers before their norms first run. The attention function is given its
+    # layer after them: the first step would choose by other rows, and under gradient checkpointing not as its own
+    # recomputation. torch's hooks on every module's call slow down all modules, and become part of compiled layers.
+    # Those on a module's registration miss models that are older than ``register``.
     for module in [each for each in gc.get_objects() if issubclass(type(each), nn.Module)]:
         norms = norms_of(module) if module.__dict__.get("config") is config else None
         for norm in norms or ():

@@ -166,6 +166,21 @@ def hf_config(model: LighthouseTransformer, **tokens: Unpack[_Tokens]) -> LlamaC
     )
 
 
+def context_of(hf_folder: Path) -> int | None:
+    """The tokens in the longest sequence of the folder's model, as its config says; None where it does not.
+
+    Raises:
+        Refused: if transformers is missing.
+    """
+    require_transformers()
+    from transformers import AutoConfig
+
+    # A model of text and more has a configuration for each.
+    config = AutoConfig.from_pretrained(hf_folder, local_files_only=True).get_text_config()
+    context: int | None = getattr(config, "max_position_embeddings", None)
+    return context
+
+
 def check_same_model(hf_folder: Path, model: LighthouseTransformer, flavor: str) -> None:
     """Whether the folder's settings and tensors are those of ``model``.
 

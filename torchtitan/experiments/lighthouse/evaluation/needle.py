@@ -21,6 +21,7 @@ import matplotlib.pyplot as plt
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torchtitan.experiments.lighthouse import hugging_face
 from torchtitan.experiments.lighthouse.data.tokenizer import build_tokenizer
 from torchtitan.experiments.lighthouse.errors import Refused
 from torchtitan.experiments.lighthouse.model.model import LighthouseTransformer
@@ -91,11 +92,9 @@ def open_run(path: Path, verify: checkpoints.Verify) -> Subject:
 
 
 def open_hugging_face(path: Path) -> Subject:
-    try:
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    except ImportError as error:
-        raise Refused(f"{path} is a Hugging Face model, which needs transformers: pip install transformers") from error
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    max_context = hugging_face.context_of(path)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
 
     def load(device: torch.device) -> LastLogits:
@@ -107,7 +106,7 @@ def open_hugging_face(path: Path) -> Subject:
     return Subject(
         path=path.resolve(),
         output=path / "niah",
-        max_context=getattr(config.get_text_config(), "max_position_embeddings", None),
+        max_context=max_context,
         limit="max_position_embeddings",
         encode=lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
         begin=[] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id],

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+import tyro
 from torch import Tensor, nn
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.config import ConfigManager
+from torchtitan.config.manager import custom_registry
+from torchtitan.experiments.lighthouse import hugging_face
 from torchtitan.experiments.lighthouse.data.tokenizer import build_tokenizer
 from torchtitan.experiments.lighthouse.errors import Refused
 from torchtitan.experiments.lighthouse.evaluation import positions
@@ -67,13 +70,7 @@ def open_hugging_face(folder: Path, seq_len: int | None, words: Sequence[str]) -
     Raises:
         Refused: for a folder without a tokenizer, or settings that do not exist.
     """
-    from torchtitan.experiments.lighthouse.hugging_face import require_transformers
-
-    require_transformers()
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    length = seq_len or getattr(config, "max_position_embeddings", None)
+    length = seq_len or hugging_face.context_of(folder)
     if length is None:
         raise Refused(f"{folder}: its config has no max_position_embeddings; say how long sequences are with --seq-len")
     custom = "torchtitan.experiments.lighthouse.job_config"
@@ -87,29 +84,15 @@ def open_hugging_face(folder: Path, seq_len: int | None, words: Sequence[str]) -
 
 
 def overridden(settings: MergedConfig, words: Sequence[str]) -> MergedConfig:
-    """The same settings, in place, with those that ``words`` give as on the trainer's command line.
+    """The same settings, with those that ``words`` give as on the trainer's command line.
 
     Raises:
-        Refused: naming a word that is none.
+        Refused: for words that are no settings.
     """
-    if not words:
-        return settings
-    module = settings.job.custom_config_module
     try:
-        parsed: Any = ConfigManager().parse_args(["--job.custom_config_module", module, *words])
+        return tyro.cli(type(settings), args=list(words), default=settings, registry=custom_registry)
     except SystemExit as stop:  # tyro has said why
         raise Refused(f"{' '.join(words)}: no settings of the trainer") from stop
-    for word in words:
-        section, _, name = word.removeprefix("--").partition("=")[0].partition(".")
-        if not word.startswith("--") or not is_dataclass(getattr(settings, section, None)):
-            continue  # the value of the one before
-        known = vars(getattr(parsed, section))
-        field = next(
-            (f for f in (name.replace("-", "_"), name.removeprefix("no-").replace("-", "_")) if f in known), None
-        )
-        if field is not None:
-            setattr(settings, section, replace(getattr(settings, section), **{field: known[field]}))
-    return settings
 
 
 class HuggingFace(nn.Module):
