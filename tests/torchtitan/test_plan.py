@@ -62,7 +62,7 @@ def test_a_plan_and_its_settings(tmp_path: Path, capsys):
     assert f"--nproc_per_node 4 -m torchtitan.experiments.lighthouse.train --job.config_file {file}" in printed
     assert settings.job.dump_folder == "./outputs/mine" and "resume_dense.py ./outputs/mine" in printed
     assert "258 tokens for the 1,000 rows of the model" in printed
-    assert "less sure: more than 2 GPUs, head dimension 64, window_forward" in printed
+    assert "less sure: more than 2 GPUs, head dimension 64, this GPU's window_forward" in printed
 
 
 def test_a_model_brings_its_tokenizer(tmp_path: Path, capsys):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from compare_plan import read_runs
 from torchtitan.experiments.lighthouse.errors import Refused
-from torchtitan.experiments.lighthouse.planning import measure, memory, rates, step
+from torchtitan.experiments.lighthouse.planning import measure, memory, rates, step, tables
 from torchtitan.experiments.lighthouse.planning.workload import count_parameters, workload
 from torchtitan.experiments.lighthouse.runs.settings import build_model, model_arguments
 
@@ -112,6 +112,10 @@ def test_rates_are_measured_and_read_back(tmp_path):
     assert found.launch > h200.launch and found.memory_gib > 1
     rates.write_rates(found, tmp_path / "cpu.json")
     assert rates.read_rates("h200", tmp_path / "cpu.json") == found
+    printed = tables.measured(replace(h200, copy=2e12))
+    assert any(line.split() == ["copy", "2,000.00", "3,900.00", "GB/s"] for line in printed), "beside the shipped ones"
+    assert any(line.split()[:3] == ["launch", f"{1e3 * found.launch:,.2f}", "ms"] for line in tables.measured(found))
+    assert "link" in found.assumed, "one process has nothing to measure it with"
     (tmp_path / "other.json").write_text('{"gpu": "mine"}')
     with pytest.raises(Refused, match=r"other\.json: holds no rates"):
         rates.read_rates(None, tmp_path / "other.json")

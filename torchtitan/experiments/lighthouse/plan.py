@@ -57,7 +57,7 @@ def measure_and_write(file: Path) -> None:
     import torch
     import torch.distributed as dist
     from torchtitan.experiments.lighthouse.errors import Refused
-    from torchtitan.experiments.lighthouse.planning import measure, rates
+    from torchtitan.experiments.lighthouse.planning import measure, rates, tables
 
     if not torch.cuda.is_available():
         raise Refused("--measure: there is no GPU here; run it where the training will run")
@@ -68,7 +68,7 @@ def measure_and_write(file: Path) -> None:
     measured = measure.measure(device)
     if not dist.is_initialized() or dist.get_rank() == 0:
         rates.write_rates(measured, file)
-        print(f"{file}\n{measured}")
+        print("\n".join([*tables.measured(measured), "", f"Written: {file}; plan takes it with --rates {file}"]))
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -49,6 +49,9 @@ BASE: dict[str, dict[str, Any]] = {
     "debug": {"seed": 0},
 }
 
+#: S of N in the paper's main runs: L = 3, p = 4, top_k = N/64.
+PUBLISHED_SHARE = 3 / 16
+
 #: Of all steps, those in which the learning rate rises: 2,000 of the paper's 16,000.
 WARM_UP = 1 / 8
 
@@ -93,13 +96,16 @@ def layers_through_lighthouse(n_layers: int) -> str:
 
 
 def published_budget(settings: MergedConfig) -> int:
-    """The valid top_k nearest to the paper's share, N/64 at its geometry; where none is valid, that share itself."""
+    """The valid top_k that selects the share nearest to the paper's; where none is valid, about N/p^L, as there."""
     geometry, seq_len = settings.lighthouse.attention_config(), settings.training.seq_len
-    share = seq_len / geometry.pooling_factor**geometry.num_levels
-    valid = [one.top_k for one in valid_budgets(geometry, seq_len)]
-    return min(
-        valid, key=lambda top_k: abs(top_k - share), default=max(1, round(share / PARENTS_PER_TILE)) * PARENTS_PER_TILE
+    valid = min(
+        valid_budgets(geometry, seq_len),
+        key=lambda one: abs(one.selected_length(seq_len) / seq_len - PUBLISHED_SHARE),
+        default=None,
     )
+    if valid is not None:
+        return valid.top_k
+    return max(1, seq_len // geometry.pooling_factor**geometry.num_levels // PARENTS_PER_TILE) * PARENTS_PER_TILE
 
 
 def parameters(sizes: Llama) -> int:

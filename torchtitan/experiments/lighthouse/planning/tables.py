@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from torchtitan.experiments.lighthouse.data.tokenizer import build_tokenizer
+from torchtitan.experiments.lighthouse.errors import Refused
 from torchtitan.experiments.lighthouse.job_config import MergedConfig
 from torchtitan.experiments.lighthouse.planning import choices, memory
 from torchtitan.experiments.lighthouse.planning.choices import Choice
-from torchtitan.experiments.lighthouse.planning.rates import Rates
+from torchtitan.experiments.lighthouse.planning.rates import Rates, read_rates
 from torchtitan.experiments.lighthouse.planning.step import GPUS_PER_NODE
 from torchtitan.experiments.lighthouse.planning.workload import Workload
 
@@ -120,7 +121,8 @@ def doubts(work: Workload, rates: Rates) -> list[str]:
     if work.head_dim != MEASURED_HEAD_DIM:
         beyond.append(f"head dimension {work.head_dim}")
     needed = {"link": work.gpus > 1, "window_forward": work.window, "window_backward": work.window}
-    beyond += [f"{name} of this GPU" for name in rates.assumed if needed.get(name, True)]
+    if names := [name for name in rates.assumed if needed.get(name, True)]:
+        beyond.append(f"this GPU's {', '.join(names)}")
     return [f"Not measured, so less sure: {', '.join(beyond)} (docs/plan.md)"] if beyond else []
 
 
@@ -141,6 +143,29 @@ def start(file: Path, settings: MergedConfig, gpus: int) -> list[str]:
     ]
 
 
+#: Of each rate, what it counts and how large one is.
+UNITS = {
+    **dict.fromkeys(("matmul", "attention_forward", "attention_backward"), ("TFLOP/s", 1e12)),
+    **dict.fromkeys(("window_forward", "window_backward"), ("TFLOP/s", 1e12)),
+    **dict.fromkeys(("copy", "link", "network"), ("GB/s", 1e9)),
+    "launch": ("ms", 1e-3),
+}
+
+
+def measured(rates: Rates) -> list[str]:
+    """Rates of a GPU, beside those that are shipped for it."""
+    try:
+        known = read_rates(rates.gpu, None)
+    except Refused:
+        known = None
+    rows = [("", "measured", "shipped" if known else "", "")]
+    for name, (unit, size) in UNITS.items():
+        assumed = "assumed" if name in (*rates.assumed, "network") else ""
+        shipped = f"{getattr(known, name) / size:,.2f}" if known else ""
+        rows.append((name, f"{getattr(rates, name) / size:,.2f}", shipped, f"{unit} {assumed}"))
+    return [f"{rates.gpu}, {rates.memory_gib:g} GiB", *aligned(rows)]
+
+
 def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Rows of cells as lines, in columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -148,5 +173,7 @@ def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 def _short(tokens: float) -> str:
-    """Tokens in billions, or in millions."""
+    """Tokens in billions, or in millions, or all of them."""
+    if tokens < 1e6:
+        return f"{tokens:,.0f}"
     return f"{tokens / 1e9:,.2f} B" if tokens >= 1e9 else f"{tokens / 1e6:,.1f} M"
