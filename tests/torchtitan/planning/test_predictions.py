@@ -82,6 +82,9 @@ def test_more_work_takes_longer_and_more_memory():
     order = [replace(work, checkpointing=mode) for mode in ("none", "selective", "full")]
     assert sorted(order, key=memory.peak_gib, reverse=True) == order
     assert sorted(order, key=lambda one: step.predict(one, h200).seconds) == order
+    none, _, full = (step.gpu_seconds(one, h200)["products"] for one in order)
+    again = 1 - work.dim * work.ffn_dim / work.layer_products
+    assert full / none == pytest.approx(1 + again / 3), "every forward product again, but the layer's last"
     # Half of the sequences of a step on each GPU: twice the speed of all, and not a bit more.
     assert step.predict(replace(work, gpus=16), h200).tokens_per_second <= now.tokens_per_second
     # A slow host sets the pace, and then attention costs nothing.
