@@ -91,7 +91,12 @@ def test_what_cannot_be_planned_is_one_line(capsys):
     )
     assert "whole nodes of 8; nearest valid value: 16" in refusal(["--gpus", "13"], capsys)
     assert "must be a flavor (530m" in refusal(["--model", "7b"], capsys)
-    assert "nearest valid value: 1" in refusal(["--tokens", "-3"], capsys)
+    for tokens in ("-3", "inf", "nan"):
+        assert "nearest valid value: 1" in refusal(["--tokens", tokens], capsys)
+    assert "--toml /proc/x.toml: cannot be written" in refusal(["--toml", "/proc/x.toml"], capsys)
+    with pytest.raises(SystemExit):
+        plan.main(["--split", "10:0"])
+    assert "--split: 10:0: must be two positive numbers, such as 10:6" in capsys.readouterr().err
     assert "there is no GPU here" in refusal(["--measure", "x.json"], capsys)
 
 

@@ -57,6 +57,9 @@ def test_list_and_show(tmp_path, capsys):
     assert len(lines) == 1 + len(sweep.RUNS) and "not started" in lines[1]
     assert "S pooled queries, keys and values, its rows" in explanation and "8 × NVIDIA H200" in explanation
     assert "1m-cp8 on 32" in explanation, "one run needs more GPUs than the others"
+    # Its Stage 2 is too large for them: each GPU would keep the keys and values of all of a million tokens.
+    assert [line.split()[0] for line in lines if "!" in line] == ["l4-p4-k4096-norm-1m-cp8"]
+    assert "! A GPU has 139.8 GiB" in explanation
     # Hours follow from the speed: 6,000 dense steps of 32 sequences on 8 GPUs.
     cells = next(re.split(r"  +", line) for line in lines if line.startswith("l3-p4-k1536-norm "))
     speed, hours = (cells[at].split(" / ")[1] for at in (4, 5))

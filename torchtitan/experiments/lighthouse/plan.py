@@ -16,6 +16,7 @@ Predictions are for compiled bfloat16 training with AdamW and FSDP (docs/plan.md
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +51,7 @@ def measure_and_write(file: Path) -> None:
     """Measure the GPU's rates, on all processes that torchrun has started.
 
     Raises:
-        Refused: without a GPU.
+        Refused: without a GPU, or for a file that cannot be written.
     """
     import os
 
@@ -61,6 +62,11 @@ def measure_and_write(file: Path) -> None:
 
     if not torch.cuda.is_available():
         raise Refused("--measure: there is no GPU here; run it where the training will run")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    except OSError as error:
+        raise Refused(f"--measure {file}: cannot be written ({error})") from error
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -148,8 +154,8 @@ def _check(options: argparse.Namespace) -> None:
 
     for name in ("gpus", "memory", "tokens", "disk", "seq_len", "sequences"):
         value = getattr(options, name)
-        if value is not None and not value > 0:
-            raise Refused(f"--{name.replace('_', '-')} {value:g}: must be positive; nearest valid value: 1")
+        if value is not None and not 0 < value < math.inf:
+            raise Refused(f"--{name.replace('_', '-')} {value:g}: must be a positive number; nearest valid value: 1")
     degree, gpus = options.context_parallel, options.gpus
     if gpus > GPUS_PER_NODE and gpus % GPUS_PER_NODE:
         nearest = max(1, round(gpus / GPUS_PER_NODE)) * GPUS_PER_NODE
@@ -228,14 +234,13 @@ def _decide(sections: dict[str, dict[str, Any]], work: Workload, stage1: int, st
 
 def _split(text: str) -> tuple[float, float]:
     """10:6"""
-    first, _, second = text.partition(":")
-    parts = (float(first), float(second))
-    if min(parts) <= 0:
-        raise ValueError
-    return parts
-
-
-_split.__name__ = "split, such as 10:6 with two positive numbers"
+    try:
+        first, second = map(float, text.split(":"))
+    except ValueError:
+        first = second = 0.0
+    if not (0 < first < math.inf and 0 < second < math.inf):
+        raise argparse.ArgumentTypeError(f"{text}: must be two positive numbers, such as 10:6")
+    return first, second
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

@@ -180,8 +180,14 @@ def show(run: Run, options: argparse.Namespace) -> None:
 EXPLANATION = """
 A line is one run. S rows: in a Lighthouse layer attention runs on S pooled queries, keys and values, its rows, in place
 of the N tokens of the sequence; k of each level are expanded, in tiles that each choose on their own.
-GiB of a GPU, tokens/s/GPU and hours, Stage 1 / Stage 2, are predictions (docs/plan.md) for {where}.
+GiB of a GPU, tokens/s/GPU and hours, Stage 1 / Stage 2, are predictions (docs/plan.md) for
+{where}.
 """
+
+#: Where a prediction has the mark.
+DOES_NOT_FIT = (
+    "! A GPU has {gib:g} GiB. scripts/plan.py finds settings that fit, for example activation_checkpoint.mode=full."
+)
 
 
 def table(options: argparse.Namespace) -> str:
@@ -206,11 +212,16 @@ def table(options: argparse.Namespace) -> str:
         figures = predictions(run, settings, taken, rates)
         lines.append((run.name, geometry(settings), steps, *figures, published, progress(run, options.outputs)))
     where = ", ".join([f"{gpus} × {rates.gpu}", *larger, f"rates of {rates.date}"])
-    return "\n".join(aligned(lines)) + "\n" + EXPLANATION.format(where=where).rstrip()
+    explanation = EXPLANATION.format(where=where)
+    if any("!" in memory for _, _, _, memory, *_ in lines):
+        explanation += DOES_NOT_FIT.format(gib=rates.memory_gib)
+    return "\n".join(aligned(lines)) + "\n" + explanation.rstrip()
 
 
 def predictions(run: Run, settings: MergedConfig, gpus: int, rates: Rates) -> tuple[str, str, str]:
-    """GiB of a GPU, tokens/s of a GPU and hours, of Stage 1 / Stage 2 (of a dense run, of the one stage)."""
+    """GiB of a GPU (marked where there are not as many), tokens/s of a GPU and hours, of Stage 1 / Stage 2 (of a dense
+    run, of the one stage)."""
+    from torchtitan.experiments.lighthouse.planning.memory import fits
     from torchtitan.experiments.lighthouse.planning.step import predict
     from torchtitan.experiments.lighthouse.planning.workload import workload
 
@@ -218,7 +229,7 @@ def predictions(run: Run, settings: MergedConfig, gpus: int, rates: Rates) -> tu
     stages = [(work, run.stage1_steps)] + ([] if run.is_dense else [(work.dense(), STEPS - run.stage1_steps)])
     found = [(predict(stage, rates), steps * stage.tokens_per_step) for stage, steps in stages]
     return (
-        " / ".join(f"{one.memory_gib:.0f}" for one, _ in found),
+        " / ".join(f"{one.memory_gib:.0f}" + "!" * (not fits(one.memory_gib, rates.memory_gib)) for one, _ in found),
         " / ".join(f"{one.tokens_per_second:,.0f}" for one, _ in found),
         " / ".join(f"{one.hours(tokens, gpus):.1f}" for one, tokens in found),
     )

@@ -130,7 +130,7 @@ def write(
     """Write the settings of a draft, with what the overrides make of them, under a comment; those settings.
 
     Raises:
-        Refused: as ``merge``.
+        Refused: as ``merge``, or for a file that cannot be written.
     """
     plain, settings = merge(sections), merge(sections, overrides)
     merged = asdict(settings)
@@ -142,8 +142,11 @@ def write(
         written["llama"] = merged["llama"]  # the file of the sizes need not be there any more
         written["model"].pop("hf_config", None)
     lines = "".join(f"# {line}".rstrip() + "\n" for line in comment)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(f"{lines}\n{next_stage.as_toml(written)}", encoding="utf-8")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{lines}\n{next_stage.as_toml(written)}", encoding="utf-8")
+    except OSError as error:
+        raise Refused(f"--toml {file}: cannot be written ({error})") from error
     return settings
 
 

@@ -69,5 +69,4 @@ def read_rates(gpu: str | None, file: Path | None) -> Rates:
 
 
 def write_rates(rates: Rates, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(asdict(rates), indent=2) + "\n", encoding="utf-8")
