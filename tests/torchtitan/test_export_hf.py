@@ -169,6 +169,8 @@ def test_stage_1_is_exported_with_a_warning_and_stage_2_without(debug, tmp_path,
     said = logging.handlers.BufferingHandler(100)
     logging.getLogger("transformers").addHandler(said)
     export_hf.main([str(debug), "--output", str(tmp_path / "dense")])
+    back = ["--import", str(tmp_path / "dense"), "--flavor", "debug", "--output", str(tmp_path / "back")]
+    export_hf.main(back)
     logging.getLogger("transformers").removeHandler(said)
     printed = capsys.readouterr()
     assert printed.err == "" and "WARNING" not in printed.out

@@ -27,7 +27,7 @@ from torchtitan.experiments.lighthouse.model.model import LighthouseTransformer
 from torchtitan.experiments.lighthouse.model.sizes import CUSTOM
 from torchtitan.experiments.lighthouse.runs import manifest
 from torchtitan.experiments.lighthouse.runs.checkpoints import Verify, dump_folder_of, find_checkpoint
-from torchtitan.experiments.lighthouse.runs.settings import build_model, load_model, read_settings
+from torchtitan.experiments.lighthouse.runs.settings import build_model, load_model, one_process, read_settings
 from torchtitan.experiments.lighthouse.train_spec import lighthouse_args
 from torchtitan.models.llama3.model.model import FeedForward
 from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
@@ -117,9 +117,10 @@ def import_folder(hf_folder: Path, flavor: str, output: Path, *, overwrite: bool
     with torch.device("meta"):
         model = LighthouseTransformer(args)
     adapter = Llama3StateDictAdapter(args, None)
-    check_same_model(hf_folder, model, flavor)
+    with _rotary_settings_as_they_are():
+        check_same_model(hf_folder, model, flavor)
 
-    with written_whole(output, ".metadata", hf_folder, overwrite) as folder:
+    with written_whole(output, ".metadata", hf_folder, overwrite) as folder, one_process():
         weights = adapter.to_hf({name: torch.empty_like(w, device="cpu") for name, w in model.state_dict().items()})
         state_dict_loader.load(weights, storage_reader=adapter.get_hf_storage_reader(str(hf_folder)), no_dist=True)
         state_dict_saver.save(adapter.from_hf(weights), checkpoint_id=folder, no_dist=True)

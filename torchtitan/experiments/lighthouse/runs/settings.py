@@ -7,7 +7,8 @@ import importlib
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -135,6 +136,14 @@ def build_model(settings: MergedConfig, device: str = "meta") -> LighthouseTrans
     return model if device == "meta" else model.to_empty(device=device)
 
 
+@contextmanager
+def one_process() -> Iterator[None]:
+    """Without a warning of torch, which guesses that one process is meant although ``no_dist`` has told it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        yield
+
+
 def load_model(
     checkpoint: Path, settings: MergedConfig, *, dense: bool, device: str = device_type
 ) -> LighthouseTransformer:
@@ -154,8 +163,6 @@ def load_model(
         model.init_weights(buffer_device=torch.device(device))
     state = model.state_dict()
     reader, planner = AllowListReader(checkpoint), AllowListPlanner()
-    with warnings.catch_warnings():
-        # torch guesses aloud that one process is meant, which ``no_dist`` has told it.
-        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+    with one_process():
         state_dict_loader.load(state, storage_reader=reader, planner=planner, no_dist=True)
     return model.eval()
