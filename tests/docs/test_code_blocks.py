@@ -261,6 +261,16 @@ def check_exported(words: list[str]) -> None:
     assert any(re.search(rf"(^|=){re.escape(folder)}(,|$)", word) for word in words), f"{shlex.join(words)}: {folder}?"
 
 
+def planned(words: list[str]) -> str | None:
+    """The settings that a training takes from a document's ``plan``."""
+    files = {file for path in DOCUMENTS for file in re.findall(r"plan\.py .*--toml (\S+)", path.read_text("utf-8"))}
+    return next((word for word in words if word in files), None) if program_of(words) == "train" else None
+
+
+def check_planned(words: list[str]) -> None:
+    check_python(["train_configs/debug.toml" if word == planned(words) else word for word in words])
+
+
 #: What is not run, why, and how it is checked instead. ``--help`` is always run.
 NOT_RUN = [
     Rule("installs, trains or runs the tests", lambda words: words[0] == "make", check_make),
@@ -269,6 +279,7 @@ NOT_RUN = [
     Rule("downloads 305 GB", lambda words: words[:2] == ["hf", "download"], check_hf),
     Rule("needs a cluster", lambda words: words[0] == "sbatch", check_slurm),
     Rule("trains", lambda words: words[0] == "scripts/train_two_stage.sh", check_two_stage),
+    Rule("trains; tests/docs/test_your_own_run.py runs it", planned, check_planned),
     Rule("trains", lambda words: program_of(words) in {"train", "torchtitan.train"}, check_python),
     Rule("trains", lambda words: program_of(words) == "sweep" and {"run", "stage2"} & {*words}, check_python),
     Rule("reads a run that was trained before", needs_a_run, check_python),

@@ -9,8 +9,8 @@ from itertools import pairwise
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torchtitan.experiments.lighthouse import evaluate, export_hf
-from torchtitan.experiments.lighthouse.data.tokenizer import build_tokenizer, utf8_bytes
+from torchtitan.experiments.lighthouse import evaluate
+from torchtitan.experiments.lighthouse.data.tokenizer import BYTE_TOKENIZER_PATH, build_tokenizer, utf8_bytes
 from torchtitan.experiments.lighthouse.errors import Refused
 from torchtitan.experiments.lighthouse.evaluation import positions, subjects
 from torchtitan.experiments.lighthouse.runs import settings as run_settings
@@ -190,23 +190,18 @@ def test_help_does_not_wait_for_torch():
     assert not any(line.split("|")[-1].strip() == "torch" for line in result.stderr.splitlines())
 
 
-def test_a_hugging_face_folder_has_the_loss_of_the_run_that_it_was_exported_from(run, tmp_path):
+def test_a_hugging_face_folder_must_be_given_data(tmp_path):
+    """Its loss is that of the run that it was exported from: tests/docs/test_your_own_run.py."""
     pytest.importorskip("transformers", reason="needs transformers (the extra 'hf')")
-    export_hf.main([str(run), "--output", str(tmp_path / "hf")])
-    found = []
-    for words in ([str(run)], [str(tmp_path / "hf"), "--dataset", "stdlib_validation"]):
-        evaluate.main(
-            [*words, "--sequences", "1", "--output", str(tmp_path / "out"), "--", "--validation.max_bad_records", "1"]
-        )
-        found.append(json.loads((tmp_path / "out/evaluate.json").read_text()))
-    ours, theirs = ([(b["loss"], b["bits_per_byte"]) for b in report["buckets"]] for report in found)
-    for a, b in zip(ours, theirs, strict=True):
-        assert a == pytest.approx(b, rel=1e-5)
-    assert found[0]["curve"][-1]["loss"] == pytest.approx(found[1]["curve"][-1]["loss"], rel=1e-5)
-    assert (tmp_path / "out/loss_by_position.png").read_bytes().startswith(b"\x89PNG")
-    for words, message in (([], "names no data; say which with --dataset"), (["--as-trained"], "leave it out")):
+    folder = shutil.copytree(BYTE_TOKENIZER_PATH, tmp_path / "hf")
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    for words, message in (
+        ([], "names no data; say which with --dataset"),
+        (["--as-trained"], "leave it out"),
+        (["--", "--job.config_file", "no_such.toml"], "--job.config_file: cannot be read .*no_such.toml"),
+    ):
         with pytest.raises(SystemExit, match=message):
-            evaluate.main([str(tmp_path / "hf"), *words])
+            evaluate.main([str(folder), *words])
 
 
 def test_processes_share_the_sequences_and_find_the_same(run, tmp_path):

@@ -177,6 +177,8 @@ def _sections(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     same_length = options.seq_len in (None, training["seq_len"])
     lighthouse["enable"] = True
     training["seq_len"] = options.seq_len or training["seq_len"]
+    if sections.get("validation", {}).get("enable"):
+        sections["validation"].setdefault("seq_len", training["seq_len"])
     if options.sequences is not None:
         training["global_batch_size"] = options.sequences
     sections["parallelism"] |= {"data_parallel_shard_degree": -1}

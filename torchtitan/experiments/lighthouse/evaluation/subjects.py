@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +16,7 @@ from torchtitan.config import ConfigManager
 from torchtitan.config.manager import custom_registry
 from torchtitan.experiments.lighthouse import hugging_face
 from torchtitan.experiments.lighthouse.data.tokenizer import build_tokenizer
-from torchtitan.experiments.lighthouse.errors import Refused
+from torchtitan.experiments.lighthouse.errors import Refused, as_refusal
 from torchtitan.experiments.lighthouse.evaluation import positions
 from torchtitan.experiments.lighthouse.job_config import MergedConfig
 from torchtitan.experiments.lighthouse.runs.settings import read_settings
@@ -65,7 +66,7 @@ def open_hugging_face(folder: Path, seq_len: int | None, words: Sequence[str]) -
     """
     Args:
         seq_len: in place of ``max_position_embeddings``.
-        words: settings, as on the trainer's command line: they say how the data is read.
+        words: settings, as on the trainer's command line, a file of them too: they say how the data is read.
 
     Raises:
         Refused: for a folder without a tokenizer, or settings that do not exist.
@@ -73,8 +74,10 @@ def open_hugging_face(folder: Path, seq_len: int | None, words: Sequence[str]) -
     length = seq_len or hugging_face.context_of(folder)
     if length is None:
         raise Refused(f"{folder}: its config has no max_position_embeddings; say how long sequences are with --seq-len")
-    custom = "torchtitan.experiments.lighthouse.job_config"
-    settings = cast(MergedConfig, ConfigManager().parse_args(["--job.custom_config_module", custom]))
+    custom = ["--job.custom_config_module", "torchtitan.experiments.lighthouse.job_config"]
+    with _said(words), as_refusal():
+        settings = cast(MergedConfig, ConfigManager().parse_args([*custom, *words]))
+    # A file's model and context are not this folder's. Those that the command line itself says are meant.
     settings.model = replace(settings.model, hf_assets_path=str(folder))
     settings.training = replace(settings.training, seq_len=length)
     settings = overridden(settings, words)
@@ -89,10 +92,18 @@ def overridden(settings: MergedConfig, words: Sequence[str]) -> MergedConfig:
     Raises:
         Refused: for words that are no settings.
     """
-    try:
+    with _said(words):
         return tyro.cli(type(settings), args=list(words), default=settings, registry=custom_registry)
+
+
+@contextmanager
+def _said(words: Sequence[str]) -> Iterator[None]:
+    try:
+        yield
     except SystemExit as stop:  # tyro has said why
         raise Refused(f"{' '.join(words)}: no settings of the trainer") from stop
+    except OSError as error:
+        raise Refused(f"--job.config_file: cannot be read ({error})") from error
 
 
 class HuggingFace(nn.Module):
