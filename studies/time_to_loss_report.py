@@ -137,8 +137,8 @@ def draw(results: list[dict[str, Any]], file: Path) -> None:
     import matplotlib.pyplot as plt
 
     names = [name for name in dict.fromkeys(result["arm"] for result in results) if name != "dense"]
-    height = max(5.5, 1 + 0.19 * len(results))  # the legend has a line for each
-    figure, axes = plt.subplots(figsize=(11, height), dpi=110, layout="constrained")
+    height = 5 + 0.2 * len(results)  # the legend, below, has a line for each
+    figure, axes = plt.subplots(figsize=(9, height), dpi=110, layout="constrained")
     for result in sorted(results, key=lambda one: one["held_out"]):
         name, seed, curve = result["arm"], result["seed"], result["curve"]
         style: dict[str, Any] = {"color": "black", "marker": "o"}
@@ -155,12 +155,13 @@ def draw(results: list[dict[str, Any]], file: Path) -> None:
             axes.axhline(result["held_out"], color="grey", linestyle="--" if seed else ":", linewidth=1)
     # Around where the arms end: the first steps would squeeze the rest.
     ends = [result["held_out"] for result in results]
-    axes.set(xlim=(0, None), ylim=(min(ends) - 0.05, max(ends) + 0.35))
+    room = max(0.03, max(ends) - min(ends))
+    axes.set(xlim=(0, None), ylim=(min(ends) - room / 3, max(ends) + 2 * room))
     axes.set(xlabel="training seconds, one GPU", ylabel="held-out loss in dense stages, nats per byte")
     about = "A curve begins in its arm's dense stage. Large: the end of an arm. Dotted: dense's last loss"
     axes.set_title(about, fontsize=10, loc="left")
     axes.grid(alpha=0.25)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    figure.legend(loc="outside lower left", frameon=False, fontsize=8)
     figure.savefig(file)
     plt.close(figure)
 

@@ -251,7 +251,8 @@ def program_of(words: list[str]) -> str:
 
 
 def needs_a_run(words: list[str]) -> bool:
-    return program_of(words) in {"resume_dense", "report", "evaluate", "check_causality", "eval_niah", "export_hf"}
+    reads_runs = {"resume_dense", "report", "evaluate", "check_causality", "look_back", "eval_niah", "export_hf"}
+    return program_of(words) in reads_runs
 
 
 def check_exported(words: list[str]) -> None:

@@ -11,11 +11,22 @@ import pytest
 from helpers.launch import REPOSITORY
 
 PACKAGE = REPOSITORY / "torchtitan/experiments/lighthouse"
-COMMANDS = ["resume_dense", "eval_niah", "export_hf", "report", "sweep", "evaluate", "check_causality", "plan"]
+COMMANDS = [
+    "resume_dense",
+    "eval_niah",
+    "export_hf",
+    "report",
+    "sweep",
+    "evaluate",
+    "check_causality",
+    "look_back",
+    "plan",
+]
 
 #: Modules that cannot do their work without the models: they build or train one, or list the flavors.
 NEED_MODELS = {"train", "train_spec", "hugging_face", "runs.settings", "runs.contract"}
 NEED_MODELS |= {"evaluation.needle", "evaluation.positions", "evaluation.subjects", "evaluation.causality"}
+NEED_MODELS |= {"evaluation.look_back"}
 NEED_MODELS |= {f"planning.{name}" for name in ("workload", "memory", "step", "choices", "draft", "measure", "tables")}
 
 
