@@ -23,23 +23,24 @@ from torchtitan.experiments.lighthouse.runs.manifest import MANIFEST_FILE, FileR
 if TYPE_CHECKING:
     from torchtitan.experiments.lighthouse.job_config import MergedConfig
 
-BLOCK = 1 << 16
+BLOCK = 1 << 16  # bytes
 BLOCKS = 6
 MOST_CONTENTS = 1024
 
 #: Reads wait for the disk or the network, not for the processor.
 _THREADS = 16
 
-#: By kind: the setting that says where it is.
+#: The kinds of what is read, each with the setting that says where it is.
 SETTINGS = {"tokenizer": "model.hf_assets_path", "data": "training.dataset_path"}
-#: Of the checkpoint that a stage started from.
+#: One kind more: the checkpoint that a stage started from.
 STAGE_BEFORE = "stage_before"
 
+#: As ``of_files`` gives it, or ``{"remote": address}`` of a dataset on the Hub. It goes into the manifest, as JSON.
 Fingerprint = dict[str, Any]
 
 
 def of_run(settings: MergedConfig) -> dict[str, Fingerprint]:
-    """By kind. A dataset that another module has registered has none.
+    """The fingerprints of what the run reads, by kind. A dataset that another module has registered has none.
 
     Raises:
         DataError: if the data or the tokenizer is not there or cannot be read.
@@ -49,7 +50,11 @@ def of_run(settings: MergedConfig) -> dict[str, Fingerprint]:
 
 
 def of_kind(kind: str, settings: MergedConfig) -> Fingerprint | None:
-    """Of the files that these settings name."""
+    """The fingerprint of the files that these settings name; None where their dataset is not ours.
+
+    Raises:
+        DataError: as ``of_run``.
+    """
     from torchtitan.experiments.lighthouse.data.text_datasets import training_files
     from torchtitan.experiments.lighthouse.data.tokenizer import tokenizer_files
 
@@ -75,6 +80,10 @@ def of_files(files: Sequence[str], folder: str, *, whole: bool = False) -> Finge
     Args:
         whole: whether to read every byte.
 
+    Returns:
+        ``files`` and ``bytes``, their number and size; ``listing``, a digest of all names and sizes in order; and
+        ``contents``, size and digest of those that were looked into, by name.
+
     Raises:
         DataError: naming the file that cannot be read.
     """
@@ -86,10 +95,9 @@ def of_files(files: Sequence[str], folder: str, *, whole: bool = False) -> Finge
     records = [FileRecord(0, "")] * len(files)
 
     def look(first: int) -> None:
-        # Every so many files: a task for each would cost more than a small file does.
+        # A thread takes every 16th file: a task for each file would cost more than a small file does.
         for i in range(first, len(files), _THREADS):
-            size = _size(files[i])
-            records[i] = FileRecord(size, _digest(files[i], size, whole) if i in looked_into else "")
+            records[i] = _record(files[i], contents=i in looked_into, whole=whole)
 
     with ThreadPoolExecutor(_THREADS) as pool:
         list(pool.map(look, range(_THREADS)))
@@ -103,9 +111,10 @@ def of_files(files: Sequence[str], folder: str, *, whole: bool = False) -> Finge
 
 
 def of_stage_before(origin: str, own: Path | None) -> dict[str, str]:
-    """Of the checkpoint from which the run's stage started, at ``origin`` then.
+    """The fingerprint of the checkpoint from which the run's stage started, by its kind; empty where it is not known.
 
     Args:
+        origin: where that checkpoint was then.
         own: a checkpoint of the run's own. What it says stays: the other one may have moved, or be gone.
     """
     if own is not None:
@@ -160,9 +169,10 @@ def _evenly(number: int, most: int) -> list[int]:
     return [i * (number - 1) // (most - 1) for i in range(most)]
 
 
-def _size(file: str) -> int:
+def _record(file: str, *, contents: bool, whole: bool) -> FileRecord:
     try:
-        return os.stat(file).st_size
+        size = os.stat(file).st_size
+        return FileRecord(size, _digest(file, size, whole) if contents else "")
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror})") from error
 
@@ -170,14 +180,11 @@ def _size(file: str) -> int:
 def _digest(file: str, size: int, whole: bool) -> str:
     from xxhash import xxh3_128
 
-    try:
-        if whole or size <= BLOCKS * BLOCK:
-            return xxh3_128(Path(file).read_bytes()).hexdigest()
-        digest = xxh3_128(str(size).encode())
-        with open(file, "rb", buffering=0) as stream:
-            for i in range(BLOCKS):
-                stream.seek(i * (size - BLOCK) // (BLOCKS - 1))
-                digest.update(stream.read(BLOCK))
-        return digest.hexdigest()
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror})") from error
+    if whole or size <= BLOCKS * BLOCK:
+        return xxh3_128(Path(file).read_bytes()).hexdigest()
+    digest = xxh3_128(str(size).encode())
+    with open(file, "rb", buffering=0) as stream:
+        for i in range(BLOCKS):
+            stream.seek(i * (size - BLOCK) // (BLOCKS - 1))
+            digest.update(stream.read(BLOCK))
+    return digest.hexdigest()

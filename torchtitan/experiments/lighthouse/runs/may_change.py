@@ -27,7 +27,7 @@ class Rule(Enum):
     CHAIN = auto()
     """Another run, in the next stage too."""
     CONTENT = auto()
-    """The same, but a path may change: what lies there may not (``runs.fingerprints``)."""
+    """Another run, in the next stage too, if the files there differ (``runs.fingerprints``). The path may change."""
 
 
 #: Settings and whole sections; the longest name that fits counts. [training] has no rule for the section, so that each
@@ -99,18 +99,19 @@ _NOT_BY_VALUE = {"training.global_batch_size", "lr_scheduler.total_steps"}
 
 @dataclass(frozen=True)
 class Change:
-    """Of one setting."""
+    """A setting that is not as in the checkpoint."""
 
     setting: str
+    """Its full name"""
     words: str
-    """From what to what."""
+    """From what to what"""
 
     def __str__(self) -> str:
         return f"{self.setting} {self.words}"
 
 
 def rule_of(setting: str) -> Rule:
-    """Of a setting by its full name. What is in nobody's table, in a section of the user's own, may change."""
+    """The rule of a setting, given by its full name. One of a section of the user's own has none, and may change."""
     name = setting
     while name and name not in RULES:
         name = name.rpartition(".")[0]
@@ -145,7 +146,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping
         if saved.get(name) != value:
             found.append(Change(name, f"{saved.get(name)!r} → {value!r}"))
     # Where it has no length of its own, the schedule is as long as the run.
-    was, total = (all_.get("lr_scheduler.total_steps") or all_["training.steps"] for all_ in (saved, current))
+    was, total = (every.get("lr_scheduler.total_steps") or every["training.steps"] for every in (saved, current))
     if was != total:
         found.append(Change("lr_scheduler.total_steps", f"{was} → {total}"))
     return found
@@ -163,7 +164,10 @@ def judge(
         switch: how to allow them, up to their names.
 
     Returns:
-        The changes that were allowed or need not be; and the names in ``allowed`` that are none of them.
+        All changes, where none is refused; and the names in ``allowed`` of settings that have not changed.
+
+    Raises:
+        Refused: naming every change that is not allowed.
     """
     found = list(found)
     refused = [change for change in found if rule_of(change.setting) in refuses and change.setting not in allowed]
@@ -175,10 +179,10 @@ def judge(
 
 
 def check_allowed(names: Iterable[str], known: Collection[str]) -> None:
-    """Whether ``checkpoint.allow_changed`` names settings.
+    """Whether ``checkpoint.allow_changed`` is a list of names of settings.
 
     Raises:
-        Refused: with the nearest one.
+        Refused: if not, with the nearest one.
     """
     if isinstance(names, str):
         raise Refused(f"checkpoint.allow_changed={names!r}: must be a list; nearest valid value: [{names!r}]")

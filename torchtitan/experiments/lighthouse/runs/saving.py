@@ -64,6 +64,7 @@ class SoundCheckpoints(seam.HookedCheckpoints):
     """
 
     mark = HAS_MANIFEST
+    #: Bytes of the tensors of the save that is under way.
     _needed = 0
 
     def __init__(
@@ -135,7 +136,7 @@ class SoundCheckpoints(seam.HookedCheckpoints):
         return complete[::-1]
 
     def _damage(self, checkpoint: Path) -> str | None:
-        """As ``damage_in`` finds it, each rank having looked at a share."""
+        """What is wrong with a checkpoint, as ``damage_in`` says it. Each rank looks at a share of the files."""
         found, refused = None, None
         try:
             found = damage_in(checkpoint, self.verify, (dist.get_rank(), dist.get_world_size()))
@@ -225,19 +226,13 @@ class SoundCheckpoints(seam.HookedCheckpoints):
         )
 
     def _refuse_nonfinite(self, step: int, tensors: Mapping[str, Tensor]) -> None:
-        """NaN and infinity spread to all weights in a step: a checkpoint that holds one is of no use.
+        """Look for NaN and infinity. They spread to all weights in a step: a checkpoint that holds one is of no use.
 
         Raises:
-            Refused: on every rank, naming the first tensor.
+            Refused: on every rank, naming the first tensor that holds one.
         """
         bad = next(nonfinite(tensors), None)
-        found = [
-            (order, name, rank)
-            for rank, there in enumerate(seam.from_every_rank(bad))
-            if there
-            for order, name in [there]
-        ]
-        if found:
+        if found := [(*there, rank) for rank, there in enumerate(seam.from_every_rank(bad)) if there]:
             _, name, rank = min(found)
             raise Refused(
                 f"step {step} is not saved: {name} holds NaN or infinite numbers (on rank {rank}). Earlier checkpoints "
@@ -258,7 +253,7 @@ class SoundCheckpoints(seam.HookedCheckpoints):
 
 
 def about(settings: MergedConfig, fingerprints: Mapping[str, Any], tokens_per_step: int) -> dict[str, Any]:
-    """What a manifest says of the run.
+    """What the manifests of a run's checkpoints say of the run.
 
     Args:
         fingerprints: of what it reads: tokenizer and data files.
@@ -303,9 +298,10 @@ def tidy(folder: Path) -> None:
 
 
 def purgeable(folder: Path, keep: int) -> list[Path]:
-    """The checkpoints older than the ``keep`` newest sound ones, but for those with which a stage ended.
+    """What ``checkpoint.keep_latest_k`` deletes: what is older than the ``keep`` newest sound checkpoints.
 
-    Damaged and unfinished ones do not count. (Sizes are looked at: digests would be read again at every save.)
+    Those with which a stage ended stay. Damaged and unfinished ones are not among the ``keep``. (Only sizes are looked
+    at: for digests, all would be read again at every save.)
     """
     sound, stale = 0, []
     for checkpoint in reversed(checkpoints_in(folder)):
@@ -317,7 +313,7 @@ def purgeable(folder: Path, keep: int) -> list[Path]:
 
 
 def nonfinite(tensors: Mapping[str, Tensor]) -> Iterator[tuple[int, str]]:
-    """Place in order and name of each tensor of which this rank's part is not finite."""
+    """Of each tensor whose part on this rank is not finite: its place in the order of ``tensors``, and its name."""
     parts = {name: seam.local_part(tensor).detach() for name, tensor in tensors.items()}
     checked = [
         (i, name, part) for i, (name, part) in enumerate(parts.items()) if part.is_floating_point() and part.numel()
@@ -338,7 +334,7 @@ def check_writable(folder: Path) -> None:
     """Whether checkpoints can be saved in ``folder``, which need not exist yet.
 
     Raises:
-        Refused: with the path and the free bytes.
+        Refused: if not, with the path, the reason and the free bytes.
     """
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
@@ -353,7 +349,7 @@ def check_writable(folder: Path) -> None:
 
 
 def free_bytes(path: Path) -> int:
-    """On the disk on which ``path`` is, or will be."""
+    """How many bytes are free on the disk on which ``path`` is, or will be."""
     there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     return shutil.disk_usage(there).free
 
