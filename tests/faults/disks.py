@@ -194,7 +194,7 @@ def change_data(chain: Chain, draw: Random, *, how: str) -> Outcome:
     chain.wait_for_checkpoints(1)
     chain.kill()
     whole, kept = chain.data, chain.base / "kept"
-    chain.data = shutil.copytree(whole, chain.base / "changed", dirs_exist_ok=True)
+    chain.data = shutil.copytree(whole, chain.base / f"data, {how}")  # whole may be one of those already
     file = draw.choice(sorted(chain.data.iterdir()))
     kept.write_bytes(file.read_bytes())
     if how == "edited":

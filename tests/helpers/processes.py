@@ -1,6 +1,7 @@
 """Training runs in the background, and how to end them: by process number, and seen to be dead."""
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -176,5 +177,8 @@ def _torchrun(arguments: list[str], variables: dict[str, str], *files: str) -> N
 
 def _trainer(*words: str) -> None:
     """As ``python -u …`` would."""
+    # torch's own forks are sent SIGINT when their parent dies, and would stop; torchrun's processes are not.
+    pr_set_pdeathsig, no_signal = 1, 0
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, no_signal)
     program, *arguments = words[2:] if words[1] == "-m" else words[1:]
     ranks.become(program, arguments)
