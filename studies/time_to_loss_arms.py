@@ -96,8 +96,9 @@ ARMS = [
             f"causal W512 layers 0-6 and 8 {parts}:{PARTS - parts}",
             two_stages("causal-w512-looking-back", parts, *CAUSAL_W512, KEEP_LOOKING_BACK),
         )
-        for parts in (12, 14, 15)
+        for parts in (10, 12, 14, 15)
     ),
+    Arm("published layers 0-6 and 8 10:6", two_stages("published-looking-back", 10, KEEP_LOOKING_BACK)),
     Arm(
         "causal W512 layers 1-6 and 8 14:2",
         two_stages("causal-w512-looking-back-3", 14, *CAUSAL_W512, "--lighthouse.layers=1-6,8"),
@@ -121,6 +122,14 @@ ARMS = [
     Arm(
         "window 1024 alone layers 0-6 and 8 every 8th dense 14:2",
         two_stages("window-1024-looking-back-every-8th", 14, *WINDOW_ALONE, KEEP_LOOKING_BACK, f"{DENSE_EVERY}8"),
+    ),
+    Arm(
+        "window 512 alone layers 0-6 and 8 every 8th dense 14:2",
+        two_stages(
+            "window-512-looking-back-every-8th",
+            14,
+            *("--lighthouse.selection=none", f"{LOCAL}512", KEEP_LOOKING_BACK, f"{DENSE_EVERY}8"),
+        ),
     ),
     Arm(
         "short 8192, causal W512 layers 0-6 and 8 every 8th dense, dense 8:6:2",
