@@ -40,7 +40,8 @@ class Run:
 
     name: str
     part: str
-    """``fit``: a constant was fitted to it; ``seen``: it was looked at meanwhile; ``held out``: neither."""
+    """``fit``: a constant was fitted to it; ``seen``: it was looked at meanwhile; ``held out``: neither; ``blind``: it was
+    made later."""
     report: str
     work: Workload
     rates: Rates
@@ -166,6 +167,8 @@ def table(runs: list[Run]) -> list[str]:
         "memory": [error for run in runs if (error := run.memory_error()) is not None],
         "tokens/s": [run.speed_error() for run in runs],
         "tokens/s, held out": [run.speed_error() for run in runs if run.part == "held out"],
+        "memory, blind": [error for run in runs if run.part == "blind" and (error := run.memory_error()) is not None],
+        "tokens/s, blind": [run.speed_error() for run in runs if run.part == "blind"],
         "tokens/s, nothing fitted": list(unfitted.values()),
         "tokens/s, own report left out": list(left_out.values()),
     }
