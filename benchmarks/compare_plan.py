@@ -40,8 +40,8 @@ class Run:
 
     name: str
     part: str
-    """``fit``: a constant was fitted to it; ``seen``: it was looked at meanwhile; ``held out``: neither; ``blind``: it was
-    made later."""
+    """``fit``: a constant was fitted to it; ``seen``: it was looked at meanwhile; ``held out``: neither;
+    ``blind``: it was made later."""
     report: str
     work: Workload
     rates: Rates
