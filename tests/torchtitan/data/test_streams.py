@@ -33,6 +33,18 @@ def registered() -> None:
     text_datasets.register_datasets()
 
 
+@pytest.fixture(autouse=True)
+def bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a stream gets no document, the files would be read forever: the test is to fail."""
+    in_order = streams.Documents.in_order
+
+    def in_some_epochs(documents: streams.Documents, epoch: int) -> list[str]:
+        assert epoch < 1000, "a stream waits for a document that does not come"
+        return in_order(documents, epoch)
+
+    monkeypatch.setattr(streams.Documents, "in_order", in_some_epochs)
+
+
 def write(folder: Path, files: list[list[str]]) -> Path:
     folder.mkdir(exist_ok=True)
     for number, texts in enumerate(files):
