@@ -31,9 +31,9 @@ def kill(chain: Chain, draw: Random, *, who: str, saving: bool = False) -> Outco
     """SIGKILL at a random moment, or in the middle of a save. Those that are meant are seen to die, and the rest goes
     down with them by itself."""
     run = chain.training()
-    if saving:
-        chain.wait_for_checkpoints(1)
-    else:
+    # With fewer, to load nothing, or the save before the newest, might be right.
+    chain.wait_for_checkpoints(2)
+    if not saving:
         moment(chain, draw)
     everything = run.all()
     with caught_while_saving(chain, run, draw) if saving else contextlib.nullcontext("") as where:
