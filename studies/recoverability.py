@@ -31,7 +31,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from torchtitan.experiments.lighthouse.data.text_datasets import read_documents
+from torchtitan.experiments.lighthouse.data.records import read_documents
 from torchtitan.experiments.lighthouse.runs import launch
 from torchtitan.experiments.lighthouse.runs.checkpoints import complete_checkpoints_in, step_of
 from torchtitan.experiments.lighthouse.runs.records import METRICS_FILE, mean_loss, read_metrics, recovered_after

@@ -2,8 +2,8 @@
 
 import torch.distributed.run  # noqa: F401
 from torchtitan.experiments.lighthouse import train  # noqa: F401
-from torchtitan.experiments.lighthouse.data.text_datasets import training_files
+from torchtitan.experiments.lighthouse.data.section import sources_of
 from torchtitan.experiments.lighthouse.job_config import Training
 
 for dataset in ("stdlib", "stdlib_validation"):
-    training_files(Training(dataset=dataset))  # a walk through Python's own library
+    sources_of(Training(dataset=dataset))  # a walk through Python's own library

@@ -1,12 +1,17 @@
+import json
 import re
 import subprocess
 import sys
 import textwrap
+from dataclasses import asdict
 
 import pytest
 from torchtitan.experiments.lighthouse import lighthouse_args
+from torchtitan.experiments.lighthouse.errors import Refused
 from torchtitan.experiments.lighthouse.job_config import Lighthouse, check_degrees
+from torchtitan.experiments.lighthouse.runs import next_stage
 from torchtitan.experiments.lighthouse.runs.settings import build_model
+from torchtitan.experiments.lighthouse.settings_rules import check_settings
 
 from helpers.settings import REPOSITORY, model_args, parse
 
@@ -214,3 +219,22 @@ def test_upstreams_own_entry_point_finds_everything_through_the_config(tmp_path)
         assert "torchtitan.experiments.lighthouse.train" not in sys.modules
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, check=True)
+
+
+def test_a_mixture_is_a_list_of_tables_in_a_file_and_json_on_the_command_line(tmp_path):
+    """And comes unchanged through what the next stage is started with."""
+    file = tmp_path / "run.toml"
+    job = '[job]\ncustom_config_module = "torchtitan.experiments.lighthouse.job_config"\n'
+    table = '[[training.mixture]]\ndataset_path = "{}"\nweight = {}\n'
+    file.write_text(f'{job}[training]\ndataset = "mixture"\n{table.format("a", 0.5)}{table.format("b", 2)}')
+    tables = [{"dataset_path": "a", "weight": 0.5}, {"dataset_path": "b", "weight": 2}]
+    settings = parse(str(file))
+    assert settings.training.mixture == tables and settings.training.dataset == "mixture"
+    assert parse(str(file), "--training.mixture", json.dumps(tables[:1])).training.mixture == tables[:1]
+    check_settings(settings)
+    settings.training.held_out_share = 0.01
+    saved = json.loads(json.dumps(asdict(settings)))
+    again = next_stage.merge(next_stage.as_toml(saved), ["--training.steps=3"])
+    assert again.training.mixture == tables and again.training.held_out_share == 0.01
+    with pytest.raises(Refused, match=r"training\.held_out_share=0\.6: must be at least 0 and at most 0\.5; .*: 0\.5"):
+        check_settings(parse(str(file), "--training.held_out_share=0.6"))

@@ -12,45 +12,31 @@ import pytest
 import torch
 from datasets import IterableDataset
 from torchtitan.components.dataloader import ParallelAwareDataloader
-from torchtitan.config import JobConfig
-from torchtitan.experiments.lighthouse.data import pieces, records, streams, text_datasets
+from torchtitan.experiments.lighthouse.data import documents, pieces, records, sources, streams, text_datasets
 from torchtitan.experiments.lighthouse.data.stream_loader import Header, StreamLoader, nearest_divisors
-from torchtitan.experiments.lighthouse.data.text_datasets import DataError
-from torchtitan.experiments.lighthouse.data.tokenizer import BYTE_TOKENIZER_PATH, build_tokenizer
-from torchtitan.experiments.lighthouse.errors import Refused
+from torchtitan.experiments.lighthouse.data.tokenizer import build_tokenizer
+from torchtitan.experiments.lighthouse.errors import DataError, Refused
 from torchtitan.hf_datasets import DatasetConfig
 from torchtitan.hf_datasets.text_datasets import DATASETS
 
-BOS, EOS = 256, 257
-N = 8
-
-#: A sequence of a step: its tokens, the last label included.
-Sequence = tuple[int, ...]
+from helpers.loaders import BOS, EOS, N, Ranks, Sequence, config_for, flat, without_ranks, write
 
 
 @pytest.fixture(autouse=True)
 def registered() -> None:
-    text_datasets.register_datasets()
+    sources.register_datasets()
 
 
 @pytest.fixture(autouse=True)
 def bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a stream gets no document, the files would be read forever: the test is to fail."""
-    in_order = streams.Documents.in_order
+    in_order = documents.FileDocuments.in_order
 
-    def in_some_epochs(documents: streams.Documents, epoch: int) -> list[str]:
+    def in_some_epochs(self: documents.FileDocuments, epoch: int) -> list[str]:
         assert epoch < 1000, "a stream waits for a document that does not come"
-        return in_order(documents, epoch)
+        return in_order(self, epoch)
 
-    monkeypatch.setattr(streams.Documents, "in_order", in_some_epochs)
-
-
-def write(folder: Path, files: list[list[str]]) -> Path:
-    folder.mkdir(exist_ok=True)
-    for number, texts in enumerate(files):
-        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-        (folder / f"train-{number}.jsonl").write_text(lines)
-    return folder
+    monkeypatch.setattr(documents.FileDocuments, "in_order", in_some_epochs)
 
 
 @pytest.fixture
@@ -63,71 +49,6 @@ def files() -> list[list[str]]:
 @pytest.fixture
 def corpus(tmp_path: Path, files: list[list[str]]) -> Path:
     return write(tmp_path / "corpus", files)
-
-
-def config_for(path: Path, seq_len: int, batch: int, sequences: int, workers: int = 0, bad: int = 0) -> JobConfig:
-    config = JobConfig()
-    config.training.max_bad_records = bad
-    config.model.hf_assets_path = BYTE_TOKENIZER_PATH
-    config.training.dataset, config.training.dataset_path = "c4_local", str(path)
-    config.training.seq_len, config.training.local_batch_size = seq_len, batch
-    config.training.global_batch_size = sequences
-    config.training.dataloader.num_workers = workers
-    return config
-
-
-class Ranks:
-    """The loaders of all ranks, which give global batches."""
-
-    def __init__(
-        self,
-        path: Path,
-        ranks: int,
-        sequences: int,
-        *,
-        batch: int = 1,
-        seq_len: int = N,
-        workers: int = 0,
-        bad: int = 0,
-        state=None,
-    ) -> None:
-        config = config_for(path, seq_len, batch, sequences, workers, bad)
-        tokenizer = build_tokenizer(config)
-        self.loaders = [text_datasets.build_dataloader(ranks, rank, tokenizer, config) for rank in range(ranks)]
-        assert all(isinstance(loader, StreamLoader) for loader in self.loaders)
-        for loader in self.loaders:
-            if state is not None:
-                loader.load_state_dict(json.loads(json.dumps(state)))
-        self.batches = [iter(loader) for loader in self.loaders]
-        self.accumulate = sequences // (batch * ranks)
-
-    def step(self) -> list[Sequence]:
-        """The next global batch, in an order that does not tell the ranks apart."""
-        sequences = []
-        for batches in self.batches:
-            for inputs, labels in islice(batches, self.accumulate):
-                assert inputs["input"][:, 1:].tolist() == labels[:, :-1].tolist()
-                sequences += [
-                    (*row, last) for row, last in zip(inputs["input"].tolist(), labels[:, -1].tolist(), strict=True)
-                ]
-        return sorted(sequences)
-
-    def steps(self, number: int) -> list[list[Sequence]]:
-        return [self.step() for _ in range(number)]
-
-    @property
-    def state(self) -> dict[str, str]:
-        """As a checkpoint holds it: what several ranks write under one key is the same."""
-        merged: dict[str, str] = {}
-        for loader in self.loaders:
-            saved = loader.state_dict()
-            assert all(merged.get(key, value) == value for key, value in saved.items())
-            merged |= saved
-        return merged
-
-
-def without_ranks(state: dict[str, str]) -> dict[str, object]:
-    return {key: json.loads(value) | {"ranks": 0} if key == "streams" else value for key, value in state.items()}
 
 
 def endless(files: list[list[str]]) -> Iterator[str]:
@@ -229,10 +150,6 @@ def test_a_chain_of_contexts_and_ranks_loses_and_repeats_nothing(corpus, files) 
         assert json.loads(state["streams"])["streams"] == 12 and len(state) == 13
     assert json.loads(state["streams"])["next_stream"] == dealt.next != 0
     assert json.loads(state["streams"])["tokens_seen"] == sum(2 * s * n for s, n, _, _ in chain)
-
-
-def flat(batches: Iterator, number: int) -> list[list[int]]:
-    return [row for inputs, _ in islice(batches, number) for row in inputs["input"].tolist()]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -571,7 +488,7 @@ def test_a_dataset_of_another_kind_keeps_upstreams_order(monkeypatch) -> None:
     config.training.dataset = "theirs"
     assert isinstance(text_datasets.build_dataloader(1, 0, build_tokenizer(config), config), ParallelAwareDataloader)
     config.training.dataset = "nobodys"
-    with pytest.raises(ValueError, match="nobodys is not supported"):
+    with pytest.raises(Refused, match=r"training\.dataset='nobodys': must be one of c4, "):
         text_datasets.build_dataloader(1, 0, build_tokenizer(config), config)
 
 

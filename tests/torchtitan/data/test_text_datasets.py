@@ -16,8 +16,8 @@ import pytest
 import torch
 from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.config import JobConfig
-from torchtitan.experiments.lighthouse.data import pieces, text_datasets
-from torchtitan.experiments.lighthouse.data.text_datasets import check_data
+from torchtitan.experiments.lighthouse.data import checks, files, pieces, sources, text_datasets
+from torchtitan.experiments.lighthouse.data.checks import check_data
 from torchtitan.experiments.lighthouse.data.tokenizer import BYTE_TOKENIZER_PATH, build_tokenizer
 from torchtitan.experiments.lighthouse.errors import DataError, Refused
 from torchtitan.hf_datasets import text_datasets as upstream
@@ -30,7 +30,7 @@ Batch = tuple[list[list[int]], list[list[int]]]
 
 @pytest.fixture(autouse=True)
 def registered() -> None:
-    text_datasets.register_datasets()
+    sources.register_datasets()
 
 
 def write_jsonl(file: Path, texts: Iterable[str]) -> Path:
@@ -87,18 +87,17 @@ def documents(dataset: str, path: Path | str | None = None) -> list[str]:
 
 def test_registering_twice_changes_nothing_and_keeps_upstreams_datasets() -> None:
     names = set(upstream.DATASETS)
-    text_datasets.register_datasets()
+    sources.register_datasets()
     assert set(upstream.DATASETS) == names
     ours = {name + suffix for name in ("c4", "c4_local", "stdlib") for suffix in ("", "_validation")}
-    assert names == ours | {"c4_test"}
+    assert names == ours | {"local", "hub", "mixture", "held_out", "c4_test"}
 
 
-def test_c4_names_the_shards_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_c4_names_the_shards_of_the_hub() -> None:
     listed: dict[str, list[str]] = {}
     for name, path in (("c4", "allenai/c4"), ("c4_validation", "someone/c4-copy")):
-        monkeypatch.setattr(text_datasets, "_dataset", lambda files, name=name: listed.update({name: files}))
         assert upstream.DATASETS[name].path == "allenai/c4"
-        upstream.DATASETS[name].loader(path)
+        listed[name] = upstream.DATASETS[name].loader.files(path)
     assert len(set(listed["c4"])) == 1024
     assert listed["c4"][-1] == "hf://datasets/allenai/c4/en/c4-train.01023-of-01024.json.gz"
     assert len(set(listed["c4_validation"])) == 8
@@ -142,7 +141,7 @@ def test_unnamed_files_of_every_kind_are_for_training_alone(tmp_path: Path) -> N
 def test_stdlib_is_whole_disjoint_and_steady() -> None:
     train, validation = (upstream.DATASETS[name] for name in ("stdlib", "stdlib_validation"))
     listed = [config.loader.files(config.path) for config in (train, validation)]
-    text_datasets._list_python_sources.cache_clear()
+    files._list_python_sources.cache_clear()
     listed += [config.loader.files(config.path) for config in (train, validation)]
     assert listed[:2] == listed[2:]
     names = [set(files) for files in listed[:2]]
@@ -238,7 +237,7 @@ def test_a_file_whose_first_record_cannot_be_read_is_named(corpus: Path, suffix:
 
 def test_of_very_many_files_the_first_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """More only until one has text."""
-    monkeypatch.setattr(text_datasets, "MOST_CHECKED", 2)
+    monkeypatch.setattr(checks, "MOST_CHECKED", 2)
     for name, texts in {"a": [""], "b": [], "c": [" "], "d": ["text"]}.items():
         write_jsonl(tmp_path / f"{name}.jsonl", texts)
     (tmp_path / "e.jsonl").write_text("no JSON\n")

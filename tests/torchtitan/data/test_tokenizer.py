@@ -11,8 +11,9 @@ import pytest
 from tokenizers import Tokenizer
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.config import JobConfig
-from torchtitan.experiments.lighthouse.data.text_datasets import encodable_text
-from torchtitan.experiments.lighthouse.data.tokenizer import BYTE_TOKENIZER_PATH, build_tokenizer
+from torchtitan.experiments.lighthouse.data.sources import encodable_text
+from torchtitan.experiments.lighthouse.data.tokenizer import BYTE_TOKENIZER_PATH, build_tokenizer, check_ends
+from torchtitan.experiments.lighthouse.errors import Refused
 
 BOS, EOS = 256, 257
 SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "build_byte_tokenizer.py"
@@ -107,3 +108,38 @@ def test_the_script_writes_what_is_shipped(tmp_path: Path) -> None:
         lambda folder: json.loads((folder / "tokenizer_config.json").read_text()),
     ):
         assert read(tmp_path / "new") == read(Path(BYTE_TOKENIZER_PATH))
+
+
+def folder_with(folder: Path, **ends: str | None) -> HuggingFaceTokenizer:
+    """The shipped tokenizer without its own ends, or with others."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        content = json.loads((Path(BYTE_TOKENIZER_PATH) / name).read_text())
+        (folder / name).write_text(json.dumps(content | ends if "config" in name else content))
+    job_config = JobConfig()
+    job_config.model.hf_assets_path = str(folder)
+    return build_tokenizer(job_config)
+
+
+@pytest.mark.parametrize(
+    ("ends", "missing", "nearest"),
+    [
+        ({"bos_token": None}, "beginning", '"bos_token": "<|end_of_text|>"'),
+        ({"eos_token": None}, "end", '"eos_token": "<|begin_of_text|>"'),
+        ({"bos_token": None, "eos_token": None}, "beginning", '"bos_token": "<|begin_of_text|>"'),
+    ],
+)
+def test_a_tokenizer_that_does_not_divide_documents_is_refused_with_a_remedy(tmp_path, ends, missing, nearest) -> None:
+    with pytest.raises(Refused, match=f"puts no token at the {missing} of a document, .*value: a copy .*") as refused:
+        check_ends(folder_with(tmp_path, **ends), "here")
+    assert f"with {nearest} in its tokenizer_config.json" in str(refused.value)
+    key, value = nearest.replace('"', "").split(": ")
+    remedied = ends | {key: value}
+    if None not in remedied.values():
+        check_ends(folder_with(tmp_path, **remedied), "here")
+
+
+def test_one_token_may_be_both_ends(tmp_path) -> None:
+    """As GPT-2's."""
+    both = folder_with(tmp_path, bos_token="<|end_of_text|>", eos_token="<|end_of_text|>")
+    check_ends(both, "here")
+    assert both.encode("a", add_bos=True, add_eos=True) == [EOS, ord("a"), EOS]

@@ -115,6 +115,10 @@ ALLOW = "checkpoint.allow_changed"
         ({"training.seq_len": 1024, "training.global_batch_size": 8}, "training.seq_len 2048 → 1024"),
         ({"training.dtype": "bfloat16"}, "training.dtype 'float32' → 'bfloat16'"),
         ({"training.dataset": "c4_local_validation"}, "training.dataset 'c4_local' → 'c4_local_validation'"),
+        ({"training.shuffle_buffer": 9}, "training.shuffle_buffer 0 → 9"),
+        ({"training.data_seed": 1}, "training.data_seed 0 → 1"),
+        ({"training.held_out_share": 0.01}, "training.held_out_share None → 0.01"),
+        ({"training.min_document_chars": 9}, "training.min_document_chars 0 → 9"),
         ({"model.flavor": "debug_gqa"}, "model.flavor 'debug' → 'debug_gqa'"),
         ({"debug.seed": 7}, "debug.seed 0 → 7"),
     ],
@@ -408,3 +412,50 @@ def test_a_dataset_on_the_hub_is_known_by_its_name(here):
 def test_a_file_that_cannot_be_read_is_an_error_at_once(tmp_path):
     with pytest.raises(DataError, match=r"gone.jsonl: cannot be read \(No such file or directory\)"):
         fingerprints.of_files([str(tmp_path / "gone.jsonl")], str(tmp_path))
+
+
+# Mixtures
+
+
+def mixture_in(here: Path, weight: float = 1, **first: str) -> dict[str, Any]:
+    """Settings of a mixture of the run's data with itself."""
+    tables = [{"dataset_path": str(here / "data"), "weight": 2} | first, {"dataset_path": str(here / "more")}]
+    tables[1]["weight"] = weight
+    return {"training.dataset": "mixture", "training.dataset_path": None, "training.mixture": tables}
+
+
+def test_a_mixture_is_compared_by_its_settings_and_the_content_of_its_paths(here):
+    shutil.copytree(here / "data", here / "more")
+    save(here, mixture_in(here))
+    assert resume(here, mixture_in(here)) == []
+    with pytest.raises(
+        Refused, match=r"^training\.mixture .*'weight': 1.* → .*'weight': 3.*allow_changed training\.mixt"
+    ):
+        resume(here, mixture_in(here, weight=3))
+    with pytest.raises(Refused, match=r"^training\.mixture .*'text_column': 'b'"):
+        resume(here, mixture_in(here, text_column="b"))
+    with pytest.raises(Refused, match=r"^training\.dataset 'mixture' → 'c4_local'"):
+        resume(here)
+    assert resume(here, mixture_in(here, weight=3) | {ALLOW: ["training.mixture"]})
+    (here / "data").rename(here / "moved")
+    assert resume(here, mixture_in(here, dataset_path=str(here / "moved"))) == []
+    (here / "more/b.jsonl").unlink()
+    moved = mixture_in(here, dataset_path=str(here / "moved"))
+    with pytest.raises(Refused, match=r"^training\.mixture is not as it was: dataset 1: b\.jsonl is not there any"):
+        resume(here, moved)
+    assert resume(here, moved | {ALLOW: ["training.mixture"]})
+
+
+def test_what_was_not_held_out_is_none_or_0(here):
+    save(here, {"training.held_out_share": 0.0})
+    assert resume(here) == resume(here, {"training.held_out_share": 0.0}) == []
+    save(here, without="held_out_share")
+    assert resume(here, {"training.held_out_share": 0.0}) == []
+
+
+def test_a_list_of_files_on_the_hub_is_known_by_their_names_in_any_revision():
+    names = [f"hf://datasets/owner/name@{{}}/data/{number}.parquet" for number in range(3)]
+    one, two = (fingerprints._of_remote("owner/name", [name.format(sha) for name in names]) for sha in ("a1", "b2"))
+    assert one == two and fingerprints.difference(one, two) is None
+    fewer = fingerprints._of_remote("owner/name", names[:2])
+    assert fingerprints.difference(one, fewer) == "owner/name had 3 files, and has 2, or others"

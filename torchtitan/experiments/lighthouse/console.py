@@ -10,7 +10,10 @@ from typing import Any
 
 from torchtitan.config.job_config import Training, Validation
 from torchtitan.distributed import ParallelDims
+from torchtitan.experiments.lighthouse.data.files import HELD_OUT
+from torchtitan.experiments.lighthouse.data.section import asked_by, scored, weights_of
 from torchtitan.experiments.lighthouse.job_config import MergedConfig
+from torchtitan.experiments.lighthouse.job_config import Training as OurTraining
 from torchtitan.experiments.lighthouse.metrics import in_words
 from torchtitan.experiments.lighthouse.model.args import LighthouseModelArgs
 from torchtitan.experiments.lighthouse.runs import launch, stages
@@ -32,7 +35,7 @@ def start_lines(config: MergedConfig, model: LighthouseModelArgs, parameters: in
         f"Model: {config.model.flavor}, {parameters:,} parameters, {model.n_layers} layers, width {model.dim}, "
         f"{model.n_heads} heads{groups}, vocabulary of {model.vocab_size:,}; tokenizer {config.model.hf_assets_path}",
         *_attention(config, model),
-        f"Data: {_data(config.training)}; {_validation(config)}",
+        f"Data: {_data(config.training)}{_order(config.training)}; {_validation(config)}",
         f"Parallelism: {_parallelism(config, dims)}",
         f"Step: {_step(config, dims)}",
         f"Schedule: {_schedule(config)}",
@@ -104,15 +107,33 @@ def _attention(config: MergedConfig, model: LighthouseModelArgs) -> list[str]:
 
 
 def _data(section: Training | Validation) -> str:
-    registered = DATASETS.get(section.dataset.lower())
-    path = section.dataset_path or (registered.path if registered else None)
-    return f"{section.dataset} from {path}" if path else section.dataset
+    weights, parts = weights_of(section), []
+    for number, asked in enumerate(asked_by(section)):
+        registered = DATASETS.get(asked.dataset)
+        path = asked.path or (registered.path if registered else "")
+        details = [value for value in (asked.config, asked.split) if value]
+        share = f"{weights[number]:.1%} " if weights else ""
+        parts.append(f"{share}{' '.join([asked.dataset, *details])}{f' from {path}' if path else ''}")
+    return " + ".join(parts)
+
+
+def _order(section: OurTraining) -> str:
+    parts = []
+    if buffer := section.shuffle_buffer:
+        parts.append(f"shuffled among {buffer:,} document(s)")
+    if share := section.held_out_share:
+        parts.append(f"{share:.2%} of the documents held out")
+    if chars := section.min_document_chars:
+        parts.append(f"documents of fewer than {chars:,} characters dropped")
+    return "".join(f", {part}" for part in parts)
 
 
 def _validation(config: MergedConfig) -> str:
-    section = config.validation
+    section = scored(config)
     if not section.enable:
         return "no validation"
+    if section.dataset == HELD_OUT:
+        return f"validation every {section.freq:,} steps on what is held out"
     same = (section.dataset, section.dataset_path) == (config.training.dataset, config.training.dataset_path)
     return f"validation every {section.freq:,} steps on {'the same' if same else _data(section)}"
 

@@ -3,15 +3,26 @@
 Loaded through ``job.custom_config_module``; torchtitan merges these dataclasses into its own, field by field.
 """
 
+import json
 import math
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from torchtitan.config import job_config as upstream
 from torchtitan.experiments.lighthouse.data.tokenizer import BYTE_TOKENIZER_PATH
 from torchtitan.experiments.lighthouse.model.sizes import CUSTOM, Llama
+from tyro.constructors import PrimitiveConstructorSpec
 
 from lighthouse import LighthouseConfig
+
+#: A list of tables in a TOML file, on the command line.
+JSON = PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="JSON",
+    instance_from_str=lambda words: json.loads(words[0]),
+    is_instance=lambda value: isinstance(value, list),
+    str_from_instance=lambda value: [json.dumps(value)],
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +187,42 @@ class Checkpoint(upstream.Checkpoint):
 
 @dataclass
 class Training(upstream.Training):
+    dataset_split: str = ""
+    """
+    Of the datasets "local" and "hub". On the Hub it is "train" by default. Of a folder it is the files with this word
+    in their path, by default all
+    """
+
+    dataset_config: str = ""
+    """Which configuration of a dataset on the Hub; by default its only one"""
+
+    text_column: str = "text"
+    """Where a record of the datasets "local" and "hub" has its text"""
+
+    mixture: Annotated[list[dict[str, Any]], JSON] = field(default_factory=list)
+    """
+    Several datasets, for dataset = "mixture": a table each, with weight (its share of the text, in bytes), dataset
+    ("local" by default), dataset_path, dataset_split, dataset_config and text_column. On the command line as JSON
+    """
+
+    shuffle_buffer: int = 0
+    """
+    Shuffle among so many documents of a dataset, which every process that reads keeps in memory, and shuffle the files;
+    0: read them in their order
+    """
+
+    data_seed: int = 0
+    """Of shuffle_buffer and mixture"""
+
+    held_out_share: float | None = None
+    """
+    Share of the documents that is never trained on, chosen by a hash of the text; by default 0.01 where validation is
+    enabled and has no dataset of its own, and 0 otherwise
+    """
+
+    min_document_chars: int = 0
+    """Drop documents of fewer characters. They are counted and logged"""
+
     max_bad_records: int = 0
     """
     How many records without a usable text may be skipped in one pass over the files. They are logged. One more ends the
@@ -185,6 +232,24 @@ class Training(upstream.Training):
 
 @dataclass
 class Validation(upstream.Validation):
+    dataset: str = "held_out"
+    """
+    What is scored: a dataset, or by default the documents that training.held_out_share keeps out of training; where C4
+    ("c4") or "stdlib" is trained on, their own split for validation
+    """
+
+    dataset_split: str = ""
+    """As that of [training]"""
+
+    dataset_config: str = ""
+    """As that of [training]"""
+
+    text_column: str = "text"
+    """As that of [training]"""
+
+    steps: int = 32
+    """How many batches of each data-parallel rank are scored; -1: all, until one of the ranks has no more"""
+
     max_bad_records: int = 0
     """As that of [training], in one pass of one data-parallel rank and data worker"""
 

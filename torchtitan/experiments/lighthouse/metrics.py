@@ -40,6 +40,7 @@ _TRAIN_FIELDS = {
     "dense": "dense",
     "dense_steps": "dense_steps",
     "bad_records": "bad_records",
+    "short_documents": "short_documents",
 }
 _VALIDATION_FIELDS = {
     "validation_metrics/loss": "validation_loss",
@@ -61,7 +62,8 @@ class JsonlLogger(BaseLogger):
     Where ``lighthouse.dense_every`` is set, a line also says whether this step, whose loss it holds, was ``dense``, and
     how many ``dense_steps`` there were since the last line: tokens_per_second is that of all steps since then, and
     mfu_percent counts the mean operations of a step. Where ``training.max_bad_records`` is set, it says how many
-    ``bad_records`` were skipped in this pass over the files.
+    ``bad_records`` were skipped in this pass over the files, and where ``training.min_document_chars`` is set, how many
+    ``short_documents`` were dropped.
     """
 
     def __init__(self, path: Path, stage: str) -> None:
@@ -172,7 +174,7 @@ class LighthouseMetricsProcessor(MetricsProcessor):
         #: Since the last line; the trainer counts.
         self.dense_steps = 0
         #: Skipped in this pass over the files; the trainer asks the data loader.
-        self.bad_records = 0
+        self.bad_records = self.short_documents = 0
         if logs:
             loggers = LoggerContainer()
             loggers.add_logger(self.logger)
@@ -196,6 +198,11 @@ class LighthouseMetricsProcessor(MetricsProcessor):
         section = cast(MergedConfig, self.job_config).lighthouse
         if section.enable and section.dense_every:
             extra_metrics |= {"dense": section.is_dense_step(step), "dense_steps": self.dense_steps}
+        training = cast(MergedConfig, self.job_config).training
+        if training.max_bad_records:
+            extra_metrics["bad_records"] = self.bad_records
+        if training.min_document_chars:
+            extra_metrics["short_documents"] = self.short_documents
         with step_line(self._progress.after(step, time.monotonic()), self._logs):
             super().log(step, global_avg_loss, global_max_loss, grad_norm, extra_metrics)
         self.dense_steps = 0

@@ -25,9 +25,9 @@ from torch import Tensor
 from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.experiments.lighthouse import console, hugging_face, sampling
+from torchtitan.experiments.lighthouse.data.checks import check_data
 from torchtitan.experiments.lighthouse.data.stream_loader import StreamLoader
-from torchtitan.experiments.lighthouse.data.text_datasets import check_data
-from torchtitan.experiments.lighthouse.data.tokenizer import build_tokenizer
+from torchtitan.experiments.lighthouse.data.tokenizer import build_tokenizer, check_ends
 from torchtitan.experiments.lighthouse.errors import Refused, as_refusal
 from torchtitan.experiments.lighthouse.job_config import MergedConfig, check_degrees
 from torchtitan.experiments.lighthouse.loss import Processed, with_labels
@@ -148,7 +148,9 @@ class LighthouseTrainer(seam.HookedTrainer):
         numbers = torch.stack([torch.stack(self.step_losses).sum(), seam.gradient_norm(self)])
         self.step_losses.clear()
         if isinstance(self.dataloader, StreamLoader):
-            cast(LighthouseMetricsProcessor, self.metrics_processor).bad_records = self.dataloader.bad_records
+            processor = cast(LighthouseMetricsProcessor, self.metrics_processor)
+            processor.bad_records = self.dataloader.bad_records
+            processor.short_documents = self.dataloader.short_documents
         numbers = numbers.to("cpu", non_blocking=True)
         arrived = None if self.device.type == "cpu" else torch.Event(self.device)
         if arrived is not None:
@@ -239,16 +241,18 @@ def device_name() -> str:
 
 
 def check_tokenizer(config: MergedConfig) -> None:
-    """Whether there is a tokenizer, and the model has a row for each of its tokens.
+    """Whether there is a tokenizer that divides documents, and the model has a row for each of its tokens.
 
     Raises:
         Refused: if not. (Upstream would fail in the first step, on a GPU by an assertion there.)
     """
     folder, rows = config.model.hf_assets_path, model_arguments(config).vocab_size
     try:
-        tokens = build_tokenizer(config).get_vocab_size()
+        tokenizer = build_tokenizer(config)
     except FileNotFoundError as error:
         raise Refused(f"model.hf_assets_path={folder!r}: {error}") from error
+    check_ends(tokenizer, folder)
+    tokens = tokenizer.get_vocab_size()
     if tokens > rows:
         raise Refused(
             f"model.hf_assets_path={folder!r}: its tokenizer has {tokens:,} tokens, but the model, "

@@ -8,7 +8,8 @@ from typing import NoReturn
 from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.components.optimizer import build_optimizers
 from torchtitan.distributed.pipeline_parallel import pipeline_llm
-from torchtitan.experiments.lighthouse.data.text_datasets import build_dataloader, register_datasets
+from torchtitan.experiments.lighthouse.data.sources import register_datasets
+from torchtitan.experiments.lighthouse.data.text_datasets import build_dataloader
 from torchtitan.experiments.lighthouse.data.tokenizer import build_tokenizer
 from torchtitan.experiments.lighthouse.infra.parallelize import parallelize_lighthouse
 from torchtitan.experiments.lighthouse.loss import build_loss

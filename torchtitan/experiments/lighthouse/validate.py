@@ -1,6 +1,8 @@
 """Upstream's validation on our data loader, and on a model that computes its loss itself; also in bits per byte."""
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -9,7 +11,9 @@ from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.components.validate import BaseValidator, Validator
 from torchtitan.config import JobConfig
+from torchtitan.config.job_config import Validation
 from torchtitan.distributed import utils as dist_utils
+from torchtitan.experiments.lighthouse.data.files import HELD_OUT
 from torchtitan.experiments.lighthouse.data.text_datasets import build_validation_dataloader
 from torchtitan.experiments.lighthouse.data.tokenizer import utf8_bytes
 from torchtitan.experiments.lighthouse.errors import DataError
@@ -55,14 +59,26 @@ class Counted:
             )
 
 
+def _with_validation(job_config: JobConfig, section: Validation) -> JobConfig:
+    changed = copy.copy(job_config)
+    changed.validation = section
+    return changed
+
+
 class LighthouseValidator(Validator):
     def __init__(
         self, *, job_config: JobConfig, dp_world_size: int, dp_rank: int, tokenizer: HuggingFaceTokenizer, **kwargs: Any
     ) -> None:
+        # Upstream's validator cannot be handed a loader: it builds one of its own. That one is empty.
+        of_its_own = replace(job_config.validation, dataset=HELD_OUT, dataset_path=None)
         super().__init__(
-            job_config=job_config, dp_world_size=dp_world_size, dp_rank=dp_rank, tokenizer=tokenizer, **kwargs
+            job_config=_with_validation(job_config, of_its_own),
+            dp_world_size=dp_world_size,
+            dp_rank=dp_rank,
+            tokenizer=tokenizer,
+            **kwargs,
         )
-        # Upstream's validator cannot be handed a loader: it has just built one of its own, and read nothing from it.
+        self.job_config = job_config
         endless = job_config.validation.steps != -1
         on_all_ranks = bool if endless else self._on_all_ranks
         loader = build_validation_dataloader(dp_world_size, dp_rank, tokenizer, job_config, endless)

@@ -1,6 +1,7 @@
 """From a file to the text of each record, and to what is wrong with those that have none.
 
-A file is .json(l) or .json(l).gz with an object per line, .parquet with a column ``text``, or .py, which is one record.
+A file is .json(l) or .json(l).gz with an object per line, or .parquet, with the text in a column of any name; or .txt
+or .py, which is one record.
 Records are numbered in their order, the bad ones too, so that a number means the same whether they are skipped or not.
 Lines of white space are no records.
 """
@@ -42,6 +43,8 @@ class BadRecord:
     number: int
     """In its file, from 1"""
     reason: str
+    columns: tuple[str, ...] = ()
+    """Of a record that lacks the text's: those that it has, for a better message"""
 
     def __str__(self) -> str:
         return f"{self.file}: record {self.number} {self.reason}"
@@ -79,8 +82,7 @@ class Skipping:
     def skip_and_log(self, bad: BadRecord, skipped: int) -> int:
         """The same. All processes meet the same bad records, so one of them logs."""
         skipped = self.skip(bad, skipped)
-        worker = get_worker_info()
-        if os.environ.get("RANK", "0") == "0" and (worker is None or worker.id == 0) and skipped > self._logged:
+        if one_of_all() and skipped > self._logged:
             # Counts that were logged come again where files are read again.
             self._logged = skipped
             if skipped <= MOST_LINES:
@@ -90,18 +92,35 @@ class Skipping:
         return skipped
 
 
-def read_documents(files: list[str]) -> Iterator[dict[str, Any]]:
-    """Yield for every record of `files` (local paths or fsspec addresses), in order, its text or what is wrong with it.
+def one_of_all() -> bool:
+    """Whether this process is the one that logs what all processes meet."""
+    worker = get_worker_info()
+    return os.environ.get("RANK", "0") == "0" and (worker is None or worker.id == 0)
 
-    Yields:
-        {"text": str} or {"bad": BadRecord}
+
+def read_texts(file: str, column: str = "text") -> Iterator[str | BadRecord]:
+    """The text of every record of a file (a local path or an fsspec address), in order, or what is wrong with it.
+
+    Args:
+        column: that the text is in.
 
     Raises:
-        DataError: if a file cannot be read; names the file and the record.
+        DataError: if the file cannot be read; names the file and the record.
         StreamingError: if the network fails on a remote file more often than `RETRY_DELAYS` allows.
     """
+    for record in _read_patiently(file, column):
+        yield record if isinstance(record, BadRecord) else encodable(record)
+
+
+def encodable(text: str) -> str:
+    """The same text; lone surrogates, which UTF-8 and so the tokenizer cannot hold, become '?'."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")
+
+
+def read_documents(files: list[str]) -> Iterator[dict[str, Any]]:
+    """``read_texts`` of all files, as samples: ``{"text": str}`` or ``{"bad": BadRecord}``."""
     for file in files:
-        for record in _read_patiently(file):
+        for record in _read_patiently(file, "text"):
             yield {"bad": record} if isinstance(record, BadRecord) else {"text": record}
 
 
@@ -109,12 +128,12 @@ def is_remote(file: str) -> bool:
     return "://" in file
 
 
-def _read_patiently(file: str) -> Iterator[str | BadRecord]:
+def _read_patiently(file: str, column: str) -> Iterator[str | BadRecord]:
     """`_read_file`, opened anew after a network failure and wound forward to the next record."""
     done = failures = 0
     while True:
         try:
-            for record in itertools.islice(_read_file(file), done, None):
+            for record in itertools.islice(_read_file(file, column), done, None):
                 done, failures = done + 1, 0
                 yield record
             return
@@ -124,7 +143,7 @@ def _read_patiently(file: str) -> Iterator[str | BadRecord]:
             if failures == len(RETRY_DELAYS):
                 raise StreamingError(
                     f"{file}: network failure after record {done}, {failures + 1} tries without progress "
-                    f"({_describe(error)}); the dataset 'c4_local' trains from a local copy"
+                    f"({_describe(error)}); the datasets 'local' and 'c4_local' train from a local copy"
                 ) from error
             delay = RETRY_DELAYS[failures]
             failures += 1
@@ -132,19 +151,20 @@ def _read_patiently(file: str) -> Iterator[str | BadRecord]:
             time.sleep(delay)
 
 
-def _read_file(file: str) -> Iterator[str | BadRecord]:
+def _read_file(file: str, column: str) -> Iterator[str | BadRecord]:
     """Each record's text or fault. What is damaged on the way to a local file's records takes the rest with it, and
     counts as one record; every other failure but the network's becomes a DataError."""
     number = 0
     try:
         with _open(file) as stream:
-            for number, record in enumerate(_records(file, stream), start=1):
+            for number, record in enumerate(_records(file, stream, column), start=1):
                 if isinstance(record, _Unreadable):
                     yield BadRecord(file, number, record.reason)
-                elif (reason := _fault_of(record)) is not None:
-                    yield BadRecord(file, number, reason)
+                elif (reason := _fault_of(record, column)) is not None:
+                    lacks = isinstance(record, dict) and column not in record
+                    yield BadRecord(file, number, reason, tuple(record) if lacks else ())
                 else:
-                    yield record["text"]
+                    yield record[column]
     except Exception as error:
         if isinstance(error, DataError) or _is_network_failure(file, error):
             raise
@@ -161,14 +181,14 @@ class _Unreadable:
     reason: str
 
 
-def _fault_of(record: Any) -> str | None:
+def _fault_of(record: Any, column: str) -> str | None:
     if not isinstance(record, dict):
-        return f"is no object with a string 'text', but {_kind_of(record)}"
-    if "text" not in record:
+        return f"is no object with a string {column!r}, but {_kind_of(record)}"
+    if column not in record:
         names = ", ".join(map(repr, itertools.islice(record, 10))) or "nothing"
-        return f"has no 'text' (it has {names})"
-    if not isinstance(record["text"], str):
-        return f"has a 'text' that is no string, but {_kind_of(record['text'])}"
+        return f"has no {column!r} (it has {names})"
+    if not isinstance(record[column], str):
+        return f"has a {column!r} that is no string, but {_kind_of(record[column])}"
     return None
 
 
@@ -180,12 +200,14 @@ def _open(file: str) -> BinaryIO:
     return fsspec.open(file, "rb").open() if is_remote(file) else open(file, "rb")
 
 
-def _records(file: str, stream: BinaryIO) -> Iterator[Any]:
+def _records(file: str, stream: BinaryIO, column: str) -> Iterator[Any]:
     """What a JSON reader makes of each record, or ``_Unreadable``."""
     if file.endswith(".py"):
-        yield {"text": stream.read().decode("utf-8", errors="replace")}
+        yield {column: stream.read().decode("utf-8", errors="replace")}
+    elif file.endswith(".txt"):
+        yield _whole(stream.read(), column)
     elif file.endswith(".parquet"):
-        yield from _rows(file, stream)
+        yield from _rows(file, stream, column)
     else:
         # Not `load_dataset("json")`: it fixes every column's type by the first 10 MB, fills a missing text
         # with None, and reports errors without a record number.
@@ -193,6 +215,13 @@ def _records(file: str, stream: BinaryIO) -> Iterator[Any]:
         for line in lines:
             if line.strip():
                 yield _parsed(line)
+
+
+def _whole(content: bytes, column: str) -> Any:
+    try:
+        return {column: content.decode("utf-8-sig")}
+    except UnicodeDecodeError as error:
+        return _Unreadable(f"is no UTF-8 ({_describe(error)})")
 
 
 def _parsed(line: bytes) -> Any:
@@ -204,10 +233,10 @@ def _parsed(line: bytes) -> Any:
         return _Unreadable(f"is no JSON ({_describe(error)})")
 
 
-def _rows(file: str, stream: BinaryIO) -> Iterator[Any]:
+def _rows(file: str, stream: BinaryIO, column: str) -> Iterator[Any]:
     """Damage costs the rest of a row group. Its rows are counted, for the file says how many it has."""
     table = pyarrow.parquet.ParquetFile(stream, page_checksum_verification=True)
-    if "text" not in table.schema_arrow.names:
+    if column not in table.schema_arrow.names:
         row = dict.fromkeys(table.schema_arrow.names)
         yield from itertools.repeat(row, table.metadata.num_rows)
         return
@@ -215,19 +244,19 @@ def _rows(file: str, stream: BinaryIO) -> Iterator[Any]:
         left = table.metadata.row_group(group).num_rows
         try:
             # A small batch: one row can be a whole book.
-            for batch in table.iter_batches(batch_size=64, row_groups=[group], columns=["text"]):
+            for batch in table.iter_batches(batch_size=64, row_groups=[group], columns=[column]):
                 for value in batch.column(0):
                     left -= 1
-                    yield _row(value)
+                    yield _row(value, column)
         except Exception as error:
             if is_remote(file) or not _is_damage(file, error):
                 raise
             yield from itertools.repeat(_Unreadable(f"is in a damaged row group ({_describe(error)})"), left)
 
 
-def _row(value: pyarrow.Scalar) -> Any:
+def _row(value: pyarrow.Scalar, column: str) -> Any:
     try:
-        return {"text": value.as_py()}
+        return {column: value.as_py()}
     except UnicodeDecodeError as error:
         return _Unreadable(f"is no UTF-8 ({_describe(error)})")
 

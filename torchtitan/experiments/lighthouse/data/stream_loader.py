@@ -3,8 +3,8 @@
 A checkpoint holds, whoever saved it, these keys, each a string of JSON:
 
     dataloader.streams      ``Header``
-    dataloader.stream_0 …   where stream 0 goes on: ``[epoch, file, record, token]``, with the number of bad records
-                            that were skipped as a fifth where there is one, or ``null`` where it has not begun
+    dataloader.stream_0 …   where stream 0 goes on, or ``null`` where it has not begun: ``[epoch, file, record, token]``
+                            and what else ``Place`` or ``MixedPlace`` has, as far as it is not 0
 
 Each rank writes those of its own streams and reads those of its own. Nothing is exchanged between ranks.
 
@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchtitan.components.dataloader import BaseDataLoader, ParallelAwareDataloader
-from torchtitan.experiments.lighthouse.data.streams import Documents, Place, StreamDataset
+from torchtitan.experiments.lighthouse.data.documents import Documents, Place
+from torchtitan.experiments.lighthouse.data.streams import AnyPlace, Batch, StreamDataset
 from torchtitan.experiments.lighthouse.errors import Refused
 from torchtitan.tools.logging import logger
 
@@ -44,14 +45,17 @@ class Header:
     tokens_per_step: int
     ranks: int
     """Data-parallel ranks that read so far: the next run starts as many where nobody says otherwise."""
+    order: str = ""
+    """Settings on which the meaning of a place depends, as ``Documents.order``"""
 
     def as_json(self) -> str:
-        return json.dumps(asdict(self))
+        return json.dumps({name: value for name, value in asdict(self).items() if value != ""})
 
     @classmethod
     def from_json(cls, text: str) -> Header:
         saved = json.loads(text)
-        return cls(**{name: int(saved[name]) for name in cls.__dataclass_fields__})
+        numbers = {name: int(saved[name]) for name in cls.__dataclass_fields__ if name != "order"}
+        return cls(**numbers, order=saved.get("order", ""))
 
 
 def stream_key(stream: int) -> str:
@@ -73,6 +77,16 @@ def nearest_divisors(number: int, to: int) -> list[int]:
     below = next(n for n in range(min(to, number), 0, -1) if number % n == 0)
     above = next((n for n in range(to, number + 1) if number % n == 0), below)
     return sorted({below, above})
+
+
+def batches_of(dataset: StreamDataset, workers: dict[str, Any]) -> Iterable[Batch]:
+    """Read by so many data workers as the settings of a section's [dataloader] say."""
+    settings = {name: value for name, value in workers.items() if value is not None}
+    if not settings.get("num_workers"):
+        for name in ("persistent_workers", "prefetch_factor"):
+            settings.pop(name, None)
+    # Without a generator of its own the loader would draw from the process's.
+    return DataLoader(dataset, batch_size=None, collate_fn=_unchanged, generator=torch.Generator(), **settings)
 
 
 class StreamLoader(BaseDataLoader):
@@ -105,7 +119,7 @@ class StreamLoader(BaseDataLoader):
         sequences = batch_size * ranks if self._batch_follows_ranks else global_batch_size
         self._tokens_per_step = sequences * seq_len
         self._streams, self._next_stream = sequences, 0
-        self._places: dict[int, Place] = {}
+        self._places: dict[int, AnyPlace] = {}
         #: Tokens that all ranks together have been given since the run began.
         self.tokens_seen = 0
         #: Whether a data position of today's kind was loaded.
@@ -119,13 +133,7 @@ class StreamLoader(BaseDataLoader):
             return
         dataset = self._dataset()
         self._warn_of_idle_workers(dataset)
-        settings = {name: value for name, value in self._workers.items() if value is not None}
-        if not settings.get("num_workers"):
-            for name in ("persistent_workers", "prefetch_factor"):
-                settings.pop(name, None)
-        # Without a generator of its own the loader would draw from the process's.
-        loader = DataLoader(dataset, batch_size=None, collate_fn=_unchanged, generator=torch.Generator(), **settings)
-        for inputs, labels, places in loader:
+        for inputs, labels, places in batches_of(dataset, self._workers):
             # What workers have read ahead does not count: the position is that of the batches handed out.
             self._places |= places
             self._next_stream = (self._next_stream + len(labels) * self._ranks) % self._streams
@@ -164,7 +172,17 @@ class StreamLoader(BaseDataLoader):
     @property
     def bad_records(self) -> int:
         """How many were skipped in this epoch so far, as this rank's streams have come."""
-        return max(self._places.values(), default=Place(0, 0, 0)).skipped
+        return self._furthest.skipped
+
+    @property
+    def short_documents(self) -> int:
+        """How many were dropped because they are too short, likewise."""
+        return self._furthest.short
+
+    @property
+    def _furthest(self) -> AnyPlace:
+        places: Iterable[Any] = self._places.values()
+        return max(places, default=Place(0, 0, 0))
 
     def _own_streams(self) -> range:
         return range(self._rank, self._streams, self._ranks)
@@ -208,7 +226,8 @@ class StreamLoader(BaseDataLoader):
             return self._older.state_dict()
         if self._keys_to_load is not None:
             return dict.fromkeys(self._keys_to_load, "")
-        header = Header(self._streams, self._next_stream, self.tokens_seen, self._tokens_per_step, self._ranks)
+        so_far = (self._streams, self._next_stream, self.tokens_seen, self._tokens_per_step, self._ranks)
+        header = Header(*so_far, self._documents.order)
         places = {stream_key(stream): _place_as_json(self._places.get(stream)) for stream in self._own_streams()}
         return {HEADER: header.as_json(), **places}
 
@@ -234,6 +253,12 @@ class StreamLoader(BaseDataLoader):
                 f"the data position has {header.streams} streams, and {missing[0]} was not read: resume this run with "
                 "-m torchtitan.experiments.lighthouse.train, or with as many sequences per step as at its start"
             )
+        if header.order != (here := self._documents.order):
+            was, now = header.order or "that of the files", here or "that of the files"
+            raise Refused(
+                f"the data position is in another order of the documents, {was}, than that of the settings, {now}; "
+                f"nearest valid value: {was}. To give it up: --checkpoint.exclude_from_loading dataloader"
+            )
         if self._batch_follows_ranks and header.tokens_per_step != self._tokens_per_step:
             raise Refused(
                 f"training.global_batch_size=-1: a step would have {self._tokens_per_step:,} tokens on {self._ranks} "
@@ -242,12 +267,12 @@ class StreamLoader(BaseDataLoader):
             )
         self._next_stream, self.tokens_seen = header.next_stream, header.tokens_seen
         saved = {stream: json.loads(state_dict[stream_key(stream)]) for stream in self._own_streams()}
-        self._places = {stream: Place(*place) for stream, place in saved.items() if place is not None}
+        self._places = {stream: self._documents.place(place) for stream, place in saved.items() if place is not None}
         self.resumed = True
 
 
-def _place_as_json(place: Place | None) -> str:
-    return json.dumps(place if place is None or place.skipped else place[:-1])
+def _place_as_json(place: AnyPlace | None) -> str:
+    return json.dumps(place if place is None else place.as_json())
 
 
 def _unchanged(batch: Any) -> Any:

@@ -3,9 +3,10 @@
 A run deals its documents out to V streams. V is the number of sequences in a global batch when the run starts, and
 stays the same from then on, through every resume and every stage.
 
-- **Documents.** Document number i is dealt to stream i mod V. They are counted in the order of the files, and the count
-  goes on where the files begin anew. In each epoch after the first the files have another order. A bad record is no
-  document: all ranks pass over it, and the next document takes its number.
+- **Documents.** Document number i is dealt to stream i mod V. They are counted in the order in which they are read,
+  from one dataset (``documents``) or several (``mixture``), and the count goes on where the files begin anew. What is
+  no document to train on (a bad record, one that is too short or held out) is passed over by all ranks, and the next
+  document takes its number.
 - **Tokens.** A stream is its documents end to end, each with its begin and end of text.
 - **Sequences.** Sequence number n of the run is cut from stream n mod V: the next N + 1 tokens there, of which the last
   is only a label. A step takes the next B sequences, by number.
@@ -14,9 +15,9 @@ stays the same from then on, through every resume and every stage.
   on any number of ranks. Which rank has which, and in which order they are added up, is not.
 - **Context.** Another context changes N and B, never V: the streams go on with their very next tokens, in turn. With
   B < V a step takes from B of them, and the next step from the B after those.
-- **Position.** For each stream, the document that it is reading, how many of its tokens are used, and how many bad
-  records of its epoch come before it; and which stream gives the next sequence. The count i is not needed: the document
-  that a stream is reading is one of its own.
+- **Position.** For each stream, the place of the document that it is reading, and how many of its tokens are used; and
+  which stream gives the next sequence. The count i is not needed: the document that a stream is reading is one of its
+  own.
 
 The ranks of one sequence (context and tensor parallelism) read the same streams. The data workers of a rank share its
 batches out among them, and change nothing: each batch carries the position after it.
@@ -37,45 +38,22 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
-from torchtitan.experiments.lighthouse.data.records import BadRecord, Skipping
-from torchtitan.experiments.lighthouse.errors import DataError
+from torchtitan.experiments.lighthouse.data.documents import Documents, Place
+from torchtitan.experiments.lighthouse.data.mixture import MixedPlace
 from torchtitan.tools.logging import logger
 
 #: Characters of text that a process keeps for streams that do not need it yet.
 MOST_TEXT_KEPT = 1 << 30
 
-
-class Place(NamedTuple):
-    """Where a stream goes on: at a token of a document, the document by epoch, file and record, all counted from 0.
-
-    Files are counted in the epoch's order, and bad records too.
-    """
-
-    epoch: int
-    file: int
-    record: int
-    token: int = 0
-    skipped: int = 0
-    """Bad records before it in its epoch"""
-
-    @property
-    def document(self) -> Place:
-        """Its beginning."""
-        return self._replace(token=0)
-
-
-def is_text(document: str) -> bool:
-    """Whether a document has more than white space."""
-    return bool(document) and not document.isspace()
+#: What documents have as places depends on their kind; in one run all are alike.
+AnyPlace = Place | MixedPlace
 
 
 class Batch(NamedTuple):
@@ -83,87 +61,30 @@ class Batch(NamedTuple):
     """[B, N] int64"""
     labels: Tensor
     """[B, N] int64"""
-    places: dict[int, Place]
+    places: dict[int, AnyPlace]
     """Where the streams of these sequences go on after them."""
-
-
-@dataclass(frozen=True)
-class Documents:
-    """Files in their order, and how to read them."""
-
-    name: str
-    """Of the dataset, for messages."""
-    files: list[str]
-    read: Callable[[str], Iterator[str | BadRecord]]
-    """From a file, the text of each record."""
-    endless: bool = True
-    """Whether the first file follows the last one."""
-    skipping: Skipping = field(default_factory=Skipping)
-
-    def in_order(self, epoch: int) -> list[str]:
-        """The files as an epoch reads them: as Hugging Face `datasets` orders them, and so as older versions did."""
-        numbers = list(range(len(self.files)))
-        if epoch:
-            np.random.default_rng(epoch).shuffle(numbers)
-        return [self.files[number] for number in numbers]
-
-    def read_from(self, start: Place) -> Iterator[tuple[Place, str]]:
-        """Every document from ``start`` on, with its place.
-
-        Raises:
-            DataError: if an epoch has no text, or more bad records than may be skipped.
-        """
-        first_file, first_record, skipped = start.file, start.record, start.skipped
-        for epoch in itertools.count(start.epoch):
-            no_text = (first_file, first_record) == (0, 0)
-            files = self.in_order(epoch)
-            for file in range(first_file, len(files)):
-                texts = itertools.islice(self.read(files[file]), first_record, None)
-                for record, text in enumerate(texts, start=first_record):
-                    if isinstance(text, BadRecord):
-                        skipped = self.skipping.skip_and_log(text, skipped)
-                        continue
-                    no_text = no_text and not is_text(text)
-                    yield Place(epoch, file, record, skipped=skipped), text
-                first_record = 0
-            if not self.endless:
-                return
-            if no_text:
-                raise DataError(f"dataset {self.name!r} has no document with text")
-            logger.warning(
-                f"Dataset {self.name} is being re-looped{f'; bad records skipped: {skipped:,}' if skipped else ''}"
-            )
-            first_file = skipped = 0
-
-    def changed(self, place: Place) -> DataError:
-        files = self.in_order(place.epoch)
-        name = files[place.file] if place.file < len(files) else f"file {place.file + 1}"
-        return DataError(
-            f"dataset {self.name!r}: the data position is in record {place.record + 1:,} of {name}, and this is not "
-            "what the run read there: the files have changed since"
-        )
 
 
 class _Reader:
     """Reads the files once for several streams, and keeps what it deals to each until that one asks for it."""
 
-    def __init__(self, documents: Documents, streams: int, first: dict[int, Place | None]) -> None:
+    def __init__(self, documents: Documents, streams: int, first: dict[int, Any]) -> None:
         """
         Args:
             streams: V.
             first: the streams to read for, and the first document that each of them wants, None for its very first.
         """
         self._documents, self._streams = documents, streams
-        self._kept: dict[int, deque[tuple[Place, str]]] = {stream: deque() for stream in first}
+        self._kept: dict[int, deque[tuple[AnyPlace, str]]] = {stream: deque() for stream in first}
         self._first = {stream: place for stream, place in first.items() if place is not None}
         if len(self._first) == len(first):
             start, self._owner = min((place, stream) for stream, place in self._first.items())
         else:
-            start, self._owner = Place(0, 0, 0), 0
+            start, self._owner = None, 0
         self._rest = documents.read_from(start)
         self.text_kept = 0
 
-    def next(self, stream: int) -> tuple[Place, str] | None:
+    def next(self, stream: int) -> tuple[AnyPlace, str] | None:
         """The stream's next document and its place, or None where they have come to an end."""
         kept = self._kept[stream]
         while not kept:
@@ -174,7 +95,7 @@ class _Reader:
         self.text_kept -= len(text)
         return place, text
 
-    def _deal(self, place: Place, text: str) -> None:
+    def _deal(self, place: Any, text: str) -> None:
         owner = self._owner
         self._owner = (owner + 1) % self._streams
         if (first := self._first.get(owner)) is not None:
@@ -203,12 +124,12 @@ class _Reader:
 class _Readers:
     """The documents of several streams. One reader for all, as long as it need not keep too much."""
 
-    def __init__(self, documents: Documents, streams: int, first: dict[int, Place | None]) -> None:
+    def __init__(self, documents: Documents, streams: int, first: dict[int, Any]) -> None:
         reader = _Reader(documents, streams, first)
         self._readers = [reader]
         self._of = dict.fromkeys(first, reader)
 
-    def next(self, stream: int) -> tuple[Place, str] | None:
+    def next(self, stream: int) -> tuple[AnyPlace, str] | None:
         document = self._of[stream].next(stream)
         while sum(reader.text_kept for reader in self._readers) > MOST_TEXT_KEPT:
             behind, reader = max(self._readers, key=lambda reader: reader.text_kept).split()
@@ -221,14 +142,17 @@ class _Readers:
 class _Stream:
     """The tokens of one stream, in pieces of any length."""
 
-    def __init__(self, start: Place | None, next_document: Callable[[], tuple[Place, Iterator[Tensor]] | None]) -> None:
+    def __init__(
+        self, start: AnyPlace | None, next_document: Callable[[], tuple[AnyPlace, Iterator[Tensor]] | None]
+    ) -> None:
         self._start, self._next_document = start, next_document
         self._tokens = torch.empty(0, dtype=torch.int64)
         self._pieces: Iterator[Tensor] = iter(())
-        self._document, self._used = Place(0, 0, 0), 0
+        self._document: AnyPlace = Place(0, 0, 0)
+        self._used = 0
 
     @property
-    def place(self) -> Place:
+    def place(self) -> AnyPlace:
         return self._document._replace(token=self._used)
 
     def cut(self, length: int) -> Tensor | None:
@@ -269,7 +193,7 @@ class StreamDataset(IterableDataset[Batch]):
         ranks: int,
         streams: int,
         next_stream: int = 0,
-        places: Mapping[int, Place] = MappingProxyType({}),
+        places: Mapping[int, AnyPlace] = MappingProxyType({}),
     ) -> None:
         """
         Args:
@@ -309,7 +233,7 @@ class StreamDataset(IterableDataset[Batch]):
             # Of another worker's batch, only what moves this one's streams on.
             wanted = [stream for stream in self._streams_of(number) if stream in streams]
             sequences: list[Tensor] = []
-            places: dict[int, Place] = {}
+            places: dict[int, AnyPlace] = {}
             for stream in wanted:
                 if (sequence := streams[stream].cut(self._seq_len + 1)) is None:
                     break
@@ -322,14 +246,14 @@ class StreamDataset(IterableDataset[Batch]):
             if len(sequences) < len(wanted):
                 return
 
-    def _tokens_of_next(self, readers: _Readers, stream: int) -> tuple[Place, Iterator[Tensor]] | None:
+    def _tokens_of_next(self, readers: _Readers, stream: int) -> tuple[AnyPlace, Iterator[Tensor]] | None:
         if (document := readers.next(stream)) is None:
             return None
         place, text = document
         saved = self._places.get(stream)
         return place, self._pieces(text, saved if saved is not None and saved.document == place else place)
 
-    def _pieces(self, text: str, place: Place) -> Iterator[Tensor]:
+    def _pieces(self, text: str, place: AnyPlace) -> Iterator[Tensor]:
         """The document's tokens from ``place`` on."""
         used = place.token
         for piece in self._encode(text):

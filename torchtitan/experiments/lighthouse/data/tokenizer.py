@@ -1,9 +1,11 @@
 """The tokenizer of a run: upstream's Hugging Face tokenizer, and where the shipped byte tokenizer lies."""
 
+import json
 from pathlib import Path
 
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.config import JobConfig
+from torchtitan.experiments.lighthouse.errors import Refused
 
 #: Folder of the shipped tokenizer: ids 0-255 are bytes, 256 begins a text and 257 ends it.
 #: Written by scripts/build_byte_tokenizer.py. It stays where it has always been: the settings of saved runs name it.
@@ -20,7 +22,37 @@ def build_tokenizer(job_config: JobConfig) -> HuggingFaceTokenizer:
     # A web page that spells out "<|end_of_text|>" must not end the document: in text, special tokens are
     # plain characters. BOS and EOS come from `encode(add_bos=True, add_eos=True)`, which adds them by id.
     tokenizer.tokenizer.encode_special_tokens = True
+    end = (tokenizer.config or {}).get("eos_token")
+    if tokenizer.eos_id is None and (end["content"] if isinstance(end, dict) else end) == tokenizer.bos_token:
+        # One token for both, as GPT-2 has: upstream takes it for the beginning alone.
+        tokenizer.eos_token, tokenizer.eos_id = tokenizer.bos_token, tokenizer.bos_id
     return tokenizer
+
+
+def check_ends(tokenizer: HuggingFaceTokenizer, folder: str) -> None:
+    """Whether each document gets a token at its beginning and at its end, so that none runs into the next one.
+
+    Raises:
+        Refused: naming what is missing, and what to write where.
+    """
+    tokens = tokenizer.encode("a", add_bos=True, add_eos=True)
+    for name, words, token, found in (
+        ("bos_token", "beginning", tokenizer.bos_id, tokens[:1]),
+        ("eos_token", "end", tokenizer.eos_id, tokens[-1:]),
+    ):
+        if token is not None and found == [token]:
+            continue
+        others = [tokenizer.eos_token, tokenizer.bos_token, *_special_tokens(tokenizer)]
+        nearest = next((other for other in others if other), "<|endoftext|>")
+        raise Refused(
+            f"model.hf_assets_path={folder!r}: its tokenizer puts no token at the {words} of a document, and documents "
+            f"would run together; nearest valid value: a copy of the folder with "
+            f"{json.dumps({name: nearest})[1:-1]} in its tokenizer_config.json"
+        )
+
+
+def _special_tokens(tokenizer: HuggingFaceTokenizer) -> list[str]:
+    return [token.content for token in tokenizer.tokenizer.get_added_tokens_decoder().values() if token.special]
 
 
 def utf8_bytes(tokens: list[int], tokenizer: HuggingFaceTokenizer) -> int:

@@ -13,6 +13,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
+from torchtitan.experiments.lighthouse.data.files import HELD_OUT
 from torchtitan.experiments.lighthouse.data.text_datasets import build_validation_dataloader
 from torchtitan.experiments.lighthouse.data.tokenizer import utf8_bytes
 from torchtitan.experiments.lighthouse.errors import DataError, Refused
@@ -113,18 +114,27 @@ def choose_edges(asked: Sequence[int] | None, seq_len: int) -> list[int]:
 def held_out_data(path: Path, dataset: str | None, dataset_path: str | None) -> tuple[str, str | None]:
     """The dataset to evaluate the run at ``path`` on, by name, and where it lies.
 
-    What is asked for; otherwise the run's validation set, if it validated; otherwise its training set's twin.
+    What is asked for; otherwise the run's validation set, if it validated; otherwise what it held out; otherwise its
+    training set's twin.
 
     Raises:
-        Refused: for a dataset that does not exist.
+        Refused: for a dataset that does not exist, or a run that has none.
     """
     saved = settings_of(path)
     if dataset is None:
         section = saved.get("validation", {})
-        if section.get("enable"):
+        trained_on = saved["training"]["dataset"].removesuffix("_validation")
+        if section.get("enable") and section["dataset"] != HELD_OUT:
             dataset, of_run = section["dataset"], section.get("dataset_path")
+        elif saved["training"].get("held_out_share"):
+            dataset, of_run = HELD_OUT, None
+        elif f"{trained_on}_validation" not in DATASETS:
+            raise Refused(
+                f"{path}: the run held nothing out of {trained_on!r}; nearest valid value: --dataset with data that it "
+                "has not seen"
+            )
         else:
-            dataset = saved["training"]["dataset"].removesuffix("_validation") + "_validation"
+            dataset = f"{trained_on}_validation"
             of_run = saved["training"].get("dataset_path")
         dataset_path = of_run if dataset_path is None else dataset_path
     if dataset not in DATASETS:

@@ -175,9 +175,10 @@ def _changes(
         found = [change for change in found if change.setting != "lighthouse.layers"]
     if reads is None:
         return found
-    for kind, setting in fingerprints.SETTINGS.items():
-        if kind == "data" and "training.dataset" in names:
+    for kind in fingerprints.SETTINGS:
+        if kind == "data" and {"training.dataset", "training.mixture"} & names:
             continue  # all of it
+        setting = fingerprints.setting_of(kind, settings)
         section, name = setting.split(".")
         was, path = saved.get(section, {}).get(name) or None, now[section][name] or None
         then, here = read.get(kind), reads.get(kind)
@@ -188,7 +189,8 @@ def _changes(
             if was != path:
                 found.append(Change(setting, f"{was!r} → {path!r}"))
         elif what := fingerprints.difference(then, here):
-            found.append(Change(setting, f"({path}) is not as it was: {what}" if path else f"is not as it was: {what}"))
+            where = f"({path}) " if isinstance(path, str) else ""
+            found.append(Change(setting, f"{where}is not as it was: {what}"))
     return found
 
 

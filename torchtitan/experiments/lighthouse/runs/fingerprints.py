@@ -10,17 +10,20 @@ there are more than ``MOST_CONTENTS`` files, the names and sizes of all of them 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torchtitan.experiments.lighthouse.data.files import MIXTURE
 from torchtitan.experiments.lighthouse.errors import DataError
 from torchtitan.experiments.lighthouse.runs.checkpoints import saved_with
 from torchtitan.experiments.lighthouse.runs.manifest import MANIFEST_FILE, FileRecord, digest_of
 
 if TYPE_CHECKING:
+    from torchtitan.experiments.lighthouse.data.sources import Source
     from torchtitan.experiments.lighthouse.job_config import MergedConfig
 
 BLOCK = 1 << 16  # bytes
@@ -40,7 +43,7 @@ Fingerprint = dict[str, Any]
 
 
 def of_run(settings: MergedConfig) -> dict[str, Fingerprint]:
-    """The fingerprints of what the run reads, by kind. A dataset that another module has registered has none.
+    """The fingerprints of what the run reads, by kind. A dataset registered in upstream's way has none.
 
     Raises:
         DataError: if the data or the tokenizer is not there or cannot be read.
@@ -50,12 +53,12 @@ def of_run(settings: MergedConfig) -> dict[str, Fingerprint]:
 
 
 def of_kind(kind: str, settings: MergedConfig) -> Fingerprint | None:
-    """The fingerprint of the files that these settings name; None where their dataset is not ours.
+    """The fingerprint of the files that these settings name; None for a dataset registered in upstream's way.
 
     Raises:
         DataError: as ``of_run``.
     """
-    from torchtitan.experiments.lighthouse.data.text_datasets import training_files
+    from torchtitan.experiments.lighthouse.data.section import sources_of
     from torchtitan.experiments.lighthouse.data.tokenizer import tokenizer_files
 
     if kind == "tokenizer":
@@ -67,11 +70,35 @@ def of_kind(kind: str, settings: MergedConfig) -> Fingerprint | None:
             )
         # Every byte decides, and they are few.
         return of_files(files, str(folder), whole=True)
-    found = training_files(settings.training)
+    found = sources_of(settings.training)
     if found is None:
         return None
-    path, files = found
-    return {"remote": path} if "://" in files[0] else of_files(files, os.path.expanduser(path))
+    prints = [_of_source(source) for source in found]
+    return {"mixture": prints} if settings.training.dataset == MIXTURE else prints[0]
+
+
+def setting_of(kind: str, settings: MergedConfig) -> str:
+    """The setting that says where it is."""
+    mixed = kind == "data" and settings.training.dataset == MIXTURE
+    return "training.mixture" if mixed else SETTINGS[kind]
+
+
+def _of_source(source: Source) -> Fingerprint:
+    path, files = source.asked.path, source.files
+    if "://" in files[0]:
+        # The list of a dataset of fixed shards says nothing, and older versions have not recorded it.
+        return {"remote": path} if source.asked.dataset.startswith("c4") else _of_remote(path, files)
+    if not os.path.isfile(files[0]):
+        return _of_remote(path, files)  # the texts that a reader of the user's own takes
+    return of_files(files, os.path.expanduser(path))
+
+
+def _of_remote(path: str, files: Sequence[str]) -> Fingerprint:
+    """Of files that are not looked at: their names. A revision changes with every text about the data."""
+    from xxhash import xxh3_128
+
+    names = "".join(re.sub(r"^(hf://datasets/[^/]+/[^/@]+)@[^/]+", r"\1", file) + "\n" for file in files)
+    return {"remote": path, "files": len(files), "listing": xxh3_128(names.encode()).hexdigest()}
 
 
 def of_files(files: Sequence[str], folder: str, *, whole: bool = False) -> Fingerprint:
@@ -134,12 +161,24 @@ def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     """What is not as it was, in words; None if nothing is."""
     if before == now:
         return None
+    if "mixture" in before or "mixture" in now:
+        return _difference_of_mixtures(before, now)
     if "remote" in before or "remote" in now:
         was, there = (part.get("remote", "files on this machine") for part in (before, now))
+        if was == there:
+            return f"{there} had {before.get('files', 0):,} files, and has {now.get('files', 0):,}, or others"
         return f"{was} → {there}"
     found = list(_differences(before, now)) or [f"the names or sizes of its {now['files']:,} files differ"]
     others = f", and {len(found) - 1} more difference(s)" if len(found) > 1 else ""
     return f"{found[0]}{others}"
+
+
+def _difference_of_mixtures(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    was, there = (part.get("mixture", [part]) for part in (before, now))
+    if len(was) != len(there):
+        return f"{len(was)} dataset(s) → {len(there)}"
+    found = (difference(then, here) for then, here in zip(was, there, strict=True))
+    return "; ".join(f"dataset {number}: {what}" for number, what in enumerate(found) if what)
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterable[str]:

@@ -85,6 +85,14 @@ RULES = {
     "model": Rule.CHAIN,
     "llama": Rule.CHAIN,
     "training.dataset": Rule.CHAIN,
+    "training.dataset_split": Rule.CHAIN,
+    "training.dataset_config": Rule.CHAIN,
+    "training.text_column": Rule.CHAIN,
+    "training.mixture": Rule.CHAIN,  # but for the paths there, which are as dataset_path
+    "training.shuffle_buffer": Rule.CHAIN,
+    "training.data_seed": Rule.CHAIN,
+    "training.held_out_share": Rule.CHAIN,
+    "training.min_document_chars": Rule.CHAIN,
     "training.dataset_path": Rule.CONTENT,
     "model.hf_assets_path": Rule.CONTENT,
 }
@@ -143,13 +151,22 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping
             continue
         if name.startswith("lighthouse.") and name != "lighthouse.enable" and not both_lighthouse:
             continue
-        if saved.get(name) != value:
+        if _compared(name, saved.get(name)) != _compared(name, value):
             found.append(Change(name, f"{saved.get(name)!r} → {value!r}"))
     # Where it has no length of its own, the schedule is as long as the run.
     was, total = (every.get("lr_scheduler.total_steps") or every["training.steps"] for every in (saved, current))
     if was != total:
         found.append(Change("lr_scheduler.total_steps", f"{was} → {total}"))
     return found
+
+
+def _compared(setting: str, value: Any) -> Any:
+    """What of a setting is compared by value."""
+    if setting == "training.mixture":
+        return [{key: what for key, what in table.items() if key != "dataset_path"} for table in value or []]
+    if setting == "training.held_out_share":
+        return value or 0  # Not set is the default of versions that held nothing out; others have saved a number.
+    return value
 
 
 def judge(

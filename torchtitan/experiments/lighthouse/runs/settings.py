@@ -17,6 +17,7 @@ import torch
 import torchtitan.experiments.lighthouse.train_spec  # noqa: F401  registers the model
 from torch.distributed.checkpoint import state_dict_loader
 from torchtitan.config import ConfigManager
+from torchtitan.experiments.lighthouse.data.section import held_out_share
 from torchtitan.experiments.lighthouse.errors import Refused, as_refusal
 from torchtitan.experiments.lighthouse.job_config import MergedConfig
 from torchtitan.experiments.lighthouse.model.args import LighthouseModelArgs
@@ -79,12 +80,14 @@ def import_modules(config: Mapping[str, Any], where: str) -> None:
 
 
 def complete(settings: MergedConfig) -> MergedConfig:
-    """The same settings, in place, with every size of the model in [llama], so that they need nothing else.
+    """The same settings, in place, with all that follows from others written out, so that they need nothing else: every
+    size of the model, in [llama], and the share of the documents that is held out.
 
     Raises:
         Refused: for sizes that no model can have, or a module that cannot be imported.
     """
     import_modules(asdict(settings), "the settings")
+    settings.training.held_out_share = held_out_share(settings)
     kept = Path(settings.job.dump_folder) / CONFIG_FILE
     if settings.model.hf_config and not Path(settings.model.hf_config).exists() and kept.is_file():
         saved = read_config(kept)
