@@ -138,6 +138,15 @@ def test_unnamed_files_of_every_kind_are_for_training_alone(tmp_path: Path) -> N
     assert documents("c4_local_validation", tmp_path) == ["held out"]
 
 
+def test_train_within_a_word_names_no_split(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", ["a"])
+    write_jsonl(tmp_path / "constraints.jsonl", ["strained"])
+    assert documents("c4_local", tmp_path) == ["a", "strained"]
+    write_jsonl(tmp_path / "c4train.jsonl", ["named"])
+    write_jsonl(tmp_path / "my_training-0.jsonl", ["too"])
+    assert documents("c4_local", tmp_path) == ["named", "too"]
+
+
 def test_stdlib_is_whole_disjoint_and_steady() -> None:
     train, validation = (upstream.DATASETS[name] for name in ("stdlib", "stdlib_validation"))
     listed = [config.loader.files(config.path) for config in (train, validation)]

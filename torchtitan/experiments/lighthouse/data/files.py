@@ -60,8 +60,8 @@ def list_c4(asked: Asked) -> list[str]:
 def list_c4_folder(asked: Asked) -> list[str]:
     """The files of a local folder and its `en` subfolder that belong to the split.
 
-    Files named after a split belong to it. Where no file is named `*train*`, every file that is not named
-    `*validation*` is for training.
+    Files named `*validation*` are for validation. Those with a word that begins with "train" are for training and,
+    where there are none, all that are not for validation.
 
     Raises:
         DataError: if the folder is not given, is missing, or holds no file for the split.
@@ -83,7 +83,9 @@ def list_c4_folder(asked: Asked) -> list[str]:
     ]
     if not found:
         raise DataError(f"{root}: no data file here or in {root / 'en'}; supported are {', '.join(C4_SUFFIXES)}")
-    files = [file for file in found if split in file.name]
+    # Not within a word: `constraints.jsonl` would be all that is read.
+    pattern = r"(?<![A-Za-z])train" if split == "train" else split
+    files = [file for file in found if re.search(pattern, file.name)]
     if not files and split == "train":
         files = [file for file in found if "validation" not in file.name]
     if not files:
