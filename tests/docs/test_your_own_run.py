@@ -23,7 +23,7 @@ SMALL = {
     "llama.dim": "64", "llama.n_layers": "5", "llama.n_heads": "4", "llama.n_kv_heads": "2", "llama.ffn_dim": "128",
     "lighthouse.layers": "2", "lighthouse.top_k": "128", "lighthouse.pooling_factor": "2",
     "lighthouse.local_window": "128", "training.seq_len": "1024", "training.global_batch_size": "1",
-    "training.steps": "12", "lr_scheduler.total_steps": "15", "lr_scheduler.warmup_steps": "1", "optimizer.lr": "1e-2",
+    "training.steps": "12", "lr_scheduler.total_steps": "15", "lr_scheduler.warmup_steps": "1", "optimizer.lr": "4e-3",
     "training.mixed_precision_param": "float32", "training.dataloader.num_workers": "0", "compile.no-enable": None,
     "parallelism.context_parallel_degree": "1", "activation_checkpoint.mode": "none", "checkpoint.interval": "4",
     "validation.freq": "6", "validation.steps": "2", "validation.seq_len": "1024", "metrics.log_freq": "1",
@@ -77,11 +77,12 @@ def test_the_page_from_tokenizer_to_export(tmp_path, monkeypatch):
     stage1, stage2 = losses(mine), losses(dense)
     assert sorted(stage1) == list(range(1, 13)) and sorted(stage2) == [13, 14, 15]
     # What Stage 1 has learned is there: weights that know nothing start at the first step's loss.
-    assert stage2[13] < (stage1[1] + stage1[12]) / 2 and stage1[12] < stage1[1] - 0.5
-    assert {record["step"] for record in metrics(mine) if "validation_loss" in record} >= {6, 12}
+    assert stage2[13] < (stage1[1] + stage1[12]) / 2
+    held_out = {record["step"]: record["validation_loss"] for record in metrics(mine) if "validation_loss" in record}
+    assert set(held_out) == {1, 6, 12} and held_out[12] < held_out[1] - 0.4
     ours, exported = (json.loads((folder / "evaluate/evaluate.json").read_text()) for folder in (dense, hf))
     assert ours["model"].endswith("/mine_dense/checkpoint/step-15")
-    assert ours["settings"] == exported["settings"] and ours["settings"]["dataset"] == "c4_local_validation"
+    assert ours["settings"] == exported["settings"] and ours["settings"]["dataset"] == "held_out"
     for a, b in zip(ours["buckets"] + ours["curve"], exported["buckets"] + exported["curve"], strict=True):
         assert a == pytest.approx(b, rel=1e-5)
     assert 1 < ours["loss"] < stage1[1] - 0.3
