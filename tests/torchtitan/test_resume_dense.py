@@ -503,6 +503,9 @@ def test_the_trainer_holds_stage_2_to_the_same_contract(copy, monkeypatch):
     with pytest.raises(Refused, match="would be Stage 1 again, through Lighthouse at 1,024 tokens"):
         check("--lighthouse.enable")
     check("--lighthouse.enable", "--lighthouse.layers=1-3")
+    check("--lighthouse.enable", "--llama.rope_theta=20000")
+    with pytest.raises(Refused, match="would be Stage 1 again"):
+        check("--lighthouse.enable", "--optimizer.lr=1e-4")
 
 
 def trainer_of(*words: str) -> LighthouseTrainer:

@@ -234,9 +234,11 @@ def test_what_an_older_version_has_not_said_is_not_compared(here):
     checkpoint = save(here, start, prints=False)
     saved = manifest.read(checkpoint)["settings"]
     del saved["lighthouse"]["local_window"], saved["lighthouse"]["selection"], saved["checkpoint"]["allow_changed"]
-    (checkpoint / "manifest.json").unlink()
     (checkpoint / ".metadata").touch()
     silent = f"{checkpoint} does not say with which settings it was trained: they are not compared"
+    manifest.write(checkpoint, {".metadata": manifest.FileRecord(0, "")}, {}, step=4, last_of_stage=False)
+    assert resume(here, start) == [silent]  # another program's manifest, without settings
+    (checkpoint / "manifest.json").unlink()
     assert resume(here, start) == [silent]
     (here / "run/config.json").write_text(json.dumps(saved | {"gone": {"a": 1}}))
     assert resume(here, start) == []

@@ -118,14 +118,15 @@ def by_todays_names(config: dict[str, Any]) -> dict[str, Any]:
 def saved_with(checkpoint: Path) -> dict[str, Any] | None:
     """What a checkpoint says of itself, its manifest: ``settings``, by today's names, ``fingerprints``, and others.
 
-    None for one that has no manifest, or a damaged one.
+    None for one that has no manifest, a damaged one, or one of another program, without settings.
     """
     try:
         saved = manifest.read(checkpoint)
     except manifest.BadManifest:
         return None
-    if saved is not None:
-        by_todays_names(saved["settings"])
+    if saved is None or "settings" not in saved:
+        return None
+    by_todays_names(saved["settings"])
     return saved
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from torchtitan.experiments.lighthouse.runs.checkpoints import (
     read_config,
     saved_with,
 )
-from torchtitan.experiments.lighthouse.runs.may_change import Change
+from torchtitan.experiments.lighthouse.runs.may_change import Change, Rule
 from torchtitan.experiments.lighthouse.runs.settings import build_model, model_arguments, sizes_of_flavor
 from torchtitan.experiments.lighthouse.runs.stages import (
     StageBefore,
@@ -106,7 +106,7 @@ def check_continuation(before: StageBefore, settings: MergedConfig, world_size: 
         f"{before.checkpoint} was trained otherwise, and {before.next_name} continues it. Leave it as in {before.name}"
     )
     done, _ = may_change.judge(found, may_change.IN_NEXT_STAGE, allowed, why, "-- --checkpoint.allow_changed")
-    _refuse_the_same_again(before, after)
+    _refuse_the_same_again(before, after, found)
     size = max(1, world_size // model_parallel_size(after))
     same_size, keeps_position = size == before.data_parallel_size, True
     same_tokens = "training.global_batch_size" not in allowed
@@ -228,17 +228,14 @@ def _changed_step(saved: dict[str, Any], settings: MergedConfig, world_size: int
     return [Change("training.global_batch_size", f"makes {was:,} tokens per step → {now:,}{hint}")]
 
 
-def _refuse_the_same_again(before: StageBefore, after: dict[str, Any]) -> None:
-    """A stage whose attention, layers and context are those of the stage before is not a next one."""
-    saved, now = before.config["lighthouse"], after["lighthouse"]
-    # Another version may have saved fewer settings. In a dense stage they decide nothing.
-    names = (saved.keys() & now.keys() if now["enable"] else {"enable"}) - {"stage", "stage1_checkpoint"}
-    seq_len = after["training"]["seq_len"]
-    if seq_len == before.config["training"]["seq_len"] and all(saved[name] == now[name] for name in names):
+def _refuse_the_same_again(before: StageBefore, after: dict[str, Any], found: Iterable[Change]) -> None:
+    """A stage with nothing of its own, attention, layers, context or what else a stage is, is not a next one."""
+    if not any(may_change.rule_of(change.setting) is Rule.STAGE for change in found):
         raise Refused(
-            f"{before.next_name} would be {before.name} again, {attention_of(after)} at {seq_len:,} tokens: choose "
-            "another --attention or --seq-len, or, for Lighthouse, other layers or another top_k after the --. To go "
-            f"on with {before.name} as it is, run its own command again"
+            f"{before.next_name} would be {before.name} again, {attention_of(after)} at "
+            f"{after['training']['seq_len']:,} tokens: choose another --attention or --seq-len, or, for Lighthouse, "
+            "other layers or another top_k after the --. To go on with "
+            f"{before.name} as it is, run its own command again"
         )
 
 
