@@ -1,8 +1,10 @@
 import json
+import multiprocessing
 import re
 import shutil
 import sys
 import tomllib
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +13,7 @@ import pytest
 from torchtitan.experiments.lighthouse import report, resume_dense
 from torchtitan.experiments.lighthouse.errors import REFUSED, Refused
 from torchtitan.experiments.lighthouse.model.sizes import FLAVORS
-from torchtitan.experiments.lighthouse.runs import contract, fingerprints, launch, next_stage, stages
+from torchtitan.experiments.lighthouse.runs import contract, fingerprints, launch, lock, next_stage, stages
 from torchtitan.experiments.lighthouse.runs.settings import read_settings
 from torchtitan.experiments.lighthouse.runs.stages import StageBefore
 from torchtitan.experiments.lighthouse.train import LighthouseTrainer
@@ -450,6 +452,20 @@ def test_refuses_folders_of_other_runs(copy, stage1, tmp_path, capsys):
     )
     message = refusal(capsys, stage1, "--dump-folder", taken)
     assert f"already holds Stage 2 of {stage1}/checkpoint/step-2; choose another --dump-folder" in message
+
+
+def test_refuses_a_stage_that_is_at_work(copy, tmp_path, monkeypatch, capsys):
+    started = []
+    monkeypatch.setattr(launch, "execute", started.append)
+    folder = tmp_path / "stage2"
+    resume_dense.main([str(copy), "--dump-folder", str(folder)])
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as trainer:
+        trainer.submit(lock.hold, folder).result()
+        before = contents(folder)
+        assert f"{folder}: a run is at work there (process " in refusal(capsys, copy, "--dump-folder", folder, "--")
+    assert contents(folder) == before and len(started) == 1
+    resume_dense.main([str(copy), "--dump-folder", str(folder)])
+    assert len(started) == 2
 
 
 def test_on_several_nodes_one_process_prepares_the_folder(copy, tmp_path, monkeypatch, capsys):
