@@ -326,7 +326,7 @@ def test_no_rank_waits_for_one_that_failed():
         seam.on_first_rank(fails)
 
 
-def test_saving_in_the_background(tmp_path):
+def test_saving_in_the_background(tmp_path, log):
     """The weights of the step, though training goes on at once; complete when the run closes; purged all the same."""
     checkpoints = manager(tmp_path, async_mode="async", keep_latest_k=2)
     save(checkpoints, 1, 2, 3, 4)
@@ -334,9 +334,11 @@ def test_saving_in_the_background(tmp_path):
     checkpoints.close()
     assert all(damage_in(path, "digest") is None for path in complete_checkpoints_in(tmp_path / "checkpoint"))
     assert loaded_step(tmp_path) == 4 and len(names(tmp_path)) <= 3
+    said = re.findall(r"(Sav(?:ing|ed)) \S*/step-(\d)", log.text)
+    assert sorted(said) == [(word, str(step)) for word in ("Saved", "Saving") for step in (1, 2, 3, 4)]
 
 
-def test_saving_in_another_process(tmp_path, monkeypatch):
+def test_saving_in_another_process(tmp_path, monkeypatch, log):
     """``async_with_pinned_mem``, without what needs a GPU in it: writer, digests and seal go to the process."""
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     checkpoints = manager(tmp_path, async_mode="async_with_pinned_mem")
@@ -349,6 +351,7 @@ def test_saving_in_another_process(tmp_path, monkeypatch):
     checkpoints.close()
     assert names(tmp_path) == ["step-1", "step-2"] and loaded_step(tmp_path) == 2 and loaded_step(tmp_path, 1) == 1
     assert all(damage_in(path, "digest") is None for path in complete_checkpoints_in(tmp_path / "checkpoint"))
+    assert re.findall(r"Saved \S*/step-(\d)", log.text) == ["1", "2"]
 
 
 def test_pinned_memory_needs_an_accelerator(tmp_path):

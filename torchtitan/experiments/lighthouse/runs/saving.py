@@ -190,11 +190,21 @@ class SoundCheckpoints(seam.HookedCheckpoints):
     ) -> Future[Any] | AsyncSaveResponse | None:
         begin = time.monotonic()
         future = super().dcp_save(state_dict, checkpoint_id, async_mode, *others, **named)
-        size, seconds = f"{self._needed / 2**30:.2f} GiB", f"{time.monotonic() - begin:.1f} s"
-        if async_mode == AsyncMode.DISABLED:
-            logger.info(f"Saved {checkpoint_id}: {size} in {seconds}")
+        size = f"{self._needed / 2**30:.2f} GiB"
+
+        def log_saved(ended: Future[Any] | None = None) -> None:
+            # One that has failed in the background is said where the run waits for it.
+            if ended is None or ended.exception() is None:
+                logger.info(f"Saved {checkpoint_id}: {size} in {time.monotonic() - begin:.1f} s")
+
+        if future is None:
+            log_saved()
         else:
-            logger.info(f"Saving {checkpoint_id} beside the training: {size}, copied in {seconds}")
+            logger.info(
+                f"Saving {checkpoint_id} beside the training: {size}, copied in {time.monotonic() - begin:.1f} s"
+            )
+            ended = future.upload_completion if isinstance(future, AsyncSaveResponse) else future
+            ended.add_done_callback(log_saved)
         return future
 
     def seal_for(self, checkpoint: Path, last_of_stage: bool) -> seam.Seal:
