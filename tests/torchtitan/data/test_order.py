@@ -59,6 +59,13 @@ def test_each_epoch_has_each_document_once_in_an_order_of_its_own(corpus, buffer
     assert order(corpus, Shuffling(buffer, seed=3), 24) == epochs[0] != order(corpus, Shuffling(buffer, seed=4), 24)
 
 
+def test_the_files_are_shuffled_too_in_each_epoch(corpus) -> None:
+    """Seen by blocks of one document, whose order is that of the files."""
+    read = order(corpus, Shuffling(1, seed=3), 24 * 8)
+    of_files = {tuple(dict.fromkeys(text[1] for text in read[24 * epoch :][:24])) for epoch in range(8)}
+    assert len(of_files) > 2 and all(sorted(files) == ["0", "1", "2"] for files in of_files)
+
+
 def test_a_document_stays_within_its_block_and_may_come_anywhere_there(tmp_path) -> None:
     corpus = write(tmp_path / "one", [[str(number) for number in range(400)]])
     places = [int(text) for text in order(corpus, Shuffling(20), 400)]
