@@ -6,9 +6,9 @@
 
 Builds the loader that a run on the dataset ``local`` would have, for the byte tokenizer and those that are asked for,
 with each number of data workers (``training.dataloader.num_workers``; 0: in the process that drives the GPU), and reads
-batches of one sequence. Rates are medians, and with workers, which hand batches out in bursts, means; the first batches
-do not count. ``--bpe`` first trains a byte-level BPE of that size on the data. Needs no GPU. Writes loader.csv and
-loader.md.
+batches of one sequence. Workers share out a rank's streams of documents, of which it has as many as sequences in a
+step. Rates are medians, and with workers, which hand batches out in bursts, means; the first batches do not count.
+``--bpe`` first trains a byte-level BPE of that size on the data. Needs no GPU. Writes loader.csv and loader.md.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ def main() -> None:
     parser.add_argument("--bpe", type=int, help="tokens of a BPE that is trained on the data, in OUTPUT/bpe")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
     parser.add_argument("--seq-len", type=int, default=98304, help="tokens of a sequence (default: %(default)s)")
+    parser.add_argument("--sequences", type=int, default=32, help="of a step on this rank, one for each stream of "
+                        "documents; workers share them out (default: %(default)s)")  # fmt: skip
     parser.add_argument("--batches", type=int, default=12, help="to measure (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("outputs/bench_loader"))
     options = parser.parse_args()
@@ -73,8 +75,8 @@ def measure_all(options: argparse.Namespace) -> None:
     lines = [f"| {' | '.join(titles)} |", "| --- | --- | --- | --- | --- |"]
     lines += [f"| {name} | {size:,} | {workers} | {rate:,} | {bytes_} |" for name, size, workers, rate, bytes_ in rows]
     about = f"{processor()}, {os.cpu_count()} cores; torch {torch.__version__}, tokenizers {tokenizers.__version__}."
-    text = f"{about} {options.seq_len:,} tokens per sequence, medians of {options.batches} batches.\n"
-    (options.output / "loader.md").write_text("\n".join([text, *lines, ""]), encoding="utf-8")
+    about += f" {options.sequences} sequences of {options.seq_len:,} tokens in a step; {options.batches} batches."
+    (options.output / "loader.md").write_text("\n".join([about, "", *lines, ""]), encoding="utf-8")
     print(options.output / "loader.md")
 
 
@@ -119,7 +121,11 @@ def measure(options: argparse.Namespace, folder: Path, workers: int) -> tuple[fl
     words += [f"--training.dataset_path={options.data}", f"--training.dataset_split={options.split}"]
     words += [f"--training.text_column={options.column}", f"--training.dataloader.num_workers={workers}"]
     words += [f"--training.seq_len={options.seq_len}", "--training.local_batch_size=1"]
-    words += ["--training.global_batch_size=1", f"--model.hf_assets_path={folder}", "--lighthouse.no-enable"]
+    words += [
+        f"--training.global_batch_size={options.sequences}",
+        f"--model.hf_assets_path={folder}",
+        "--lighthouse.no-enable",
+    ]
     settings = CheckedConfigManager().parse_args(words)
     tokenizer = build_tokenizer(settings)
     text = next(text for _, text in documents(options).read_from(None))[:100_000]
