@@ -75,6 +75,21 @@ def test_a_line_says_how_many_dense_steps_its_rate_is_of(tmp_path, monkeypatch):
     assert dense[3:] == [(10, None, None), (20, None, None), (24, None, None)]
 
 
+def test_a_line_says_how_many_records_were_skipped_and_dropped_where_that_is_asked_for(tmp_path, monkeypatch):
+    lines = JsonlLogger(tmp_path / "metrics.jsonl", "stage1")
+    monkeypatch.setattr(MetricsProcessor, "log", lambda self, step, *_: lines.log(train_line(3.0) | _[-1], step))
+    processor = LighthouseMetricsProcessor.__new__(LighthouseMetricsProcessor)
+    processor.parallel_dims, processor._progress = SimpleNamespace(cp=1), Progress("stage1", 3)
+    processor.bad_records, processor.short_documents = 2, 3
+    for step, setting in enumerate(("training.max_bad_records", "training.min_document_chars", "training.steps"), 1):
+        processor.job_config = parse("debug.toml", f"--{setting}", "5")
+        processor.log(step, 3.0, 3.0, 1.0)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(record.get("bad_records"), record.get("short_documents")) for record in records] == [
+        (2, None), (None, 3), (None, None),
+    ]  # fmt: skip
+
+
 def test_validation_is_in_bits_per_byte_of_the_text_that_was_used(tmp_path, monkeypatch):
     """Upstream asks for one batch more than it uses; begin and end of a text stand for no bytes."""
     tokenizer = build_tokenizer(parse("debug.toml"))
