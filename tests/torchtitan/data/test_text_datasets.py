@@ -221,7 +221,7 @@ def test_good_data_is_found_good(corpus: Path) -> None:
     ("settings", "message"),
     [
         ({"path": "absent"}, r"'absent' is not a folder"),
-        ({"dataset": "c5"}, r"training\.dataset='c5': must be one of c4, c4_local, "),
+        ({"dataset": "c5"}, r"training\.dataset='c5': must be one of c4, c4_local, .*; nearest valid value: 'c4'"),
         ({"validation": "c5"}, r"validation\.dataset='c5': must be one of c4, "),
         ({"validation": "c4_local_validation"}, r"none of them is for validation"),
     ],

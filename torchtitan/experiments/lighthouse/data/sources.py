@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -171,5 +172,6 @@ def find(asked: Asked) -> Source | None:
 
 
 def _refuse_unknown(asked: Asked) -> NoReturn:
-    names = ", ".join(sorted(DATASETS))
-    raise Refused(f"{asked.section}.dataset={asked.dataset!r}: must be one of {names}")
+    (nearest,) = difflib.get_close_matches(asked.dataset, DATASETS, n=1, cutoff=0)
+    rule = f"must be one of {', '.join(sorted(DATASETS))}"
+    raise Refused(f"{asked.section}.dataset={asked.dataset!r}: {rule}; nearest valid value: {nearest!r}")
