@@ -99,6 +99,19 @@ ARMS = [
         for parts in (10, 12, 14, 15)
     ),
     Arm("published layers 0-6 and 8 10:6", two_stages("published-looking-back", 10, KEEP_LOOKING_BACK)),
+    *(
+        Arm(
+            f"causal W512 k{top_k} layers 0-6 and 8 14:2",
+            two_stages(
+                f"causal-w512-k{top_k}-looking-back", 14, *CAUSAL_W512, KEEP_LOOKING_BACK, f"--lighthouse.top_k={top_k}"
+            ),
+        )
+        for top_k in (1024, 2048)
+    ),
+    Arm(
+        "causal W512 layers 0-6 14:2",
+        two_stages("causal-w512-last-3-dense", 14, *CAUSAL_W512, "--lighthouse.layers=0-6"),
+    ),
     Arm(
         "causal W512 layers 1-6 and 8 14:2",
         two_stages("causal-w512-looking-back-3", 14, *CAUSAL_W512, "--lighthouse.layers=1-6,8"),
