@@ -16,6 +16,7 @@ from lighthouse import gather_scatter
 from lighthouse.backend import load_kernels
 from lighthouse.config import LighthouseConfig, ResolvedBackend
 from lighthouse.local_window import attend_locally, turned
+from lighthouse.merging import attend_and_merge
 from lighthouse.selection import Selection, check_shapes, select
 
 #: Causal attention over [B, H, S, D] and [B, G, S, D]; called with ``enable_gqa=True`` where G < H.
@@ -42,7 +43,8 @@ def lighthouse_attention(
         query: [B, H, N, D], any floating dtype, strides as they come.
         key, value: [B, G, N, D] with G dividing H, of the same dtype and device.
         config: valid for N (``config.validate(N)``).
-        attention: the inner attention, causal, scale 1/√D. Default: ``causal_attention``.
+        attention: the inner attention, causal, scale 1/√D. Default: ``causal_attention``. With ``combine="softmax"``
+            another one is refused: it would have to return log-sum-exps, and ``lighthouse.merging`` brings its own.
         rotate: the rotary embedding, for queries and keys that come without it (docs/method.md, section 10.3). They are
             pooled first, and each entry is then turned by its last covered position. (The published method pools
             rotated rows, which averages high frequencies away.) Turning a row does not change its norm, so the
@@ -56,7 +58,8 @@ def lighthouse_attention(
 
     Raises:
         ValueError: for shapes, dtypes or devices that do not fit together, an invalid geometry, a backend that is
-            not available, or ``rotate`` or ``score_by`` with another scorer than ``norm``.
+            not available, ``rotate`` or ``score_by`` with another scorer than ``norm``, or ``attention`` with
+            ``combine="softmax"``.
     """
     check_inputs(query, key, value)
     scored_query, scored_key = rows_to_score(query, key, config, score_by)
@@ -88,17 +91,19 @@ def attend_selected(
     Args:
         backend: what ``config.resolve_backend`` returned, from callers that have asked it already.
     """
+    attention = inner_attention(attention, config)
     backend = backend or config.resolve_backend(query.device.type)
-    attention = attention or causal_attention
     short_query, short_key, short_value = (gather(rows, selection, config, backend) for rows in (query, key, value))
     if rotate is not None:
         position = selection.last_positions(config.pooling_factor)
         short_query, short_key = rotate(short_query, position), rotate(short_key, position)
+    near = (*turned(query, key, rotate), value) if config.local_window else None
+    if config.combine == "softmax":
+        short = (short_query, short_key, short_value)
+        return attend_and_merge(short, near, selection, query.shape[2], config, backend)
     grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
     output = attention(short_query, short_key, short_value, **grouped)
-    local = None
-    if config.local_window:
-        local = attend_locally(*turned(query, key, rotate), value, config.local_window)
+    local = attend_locally(*near, config.local_window) if near is not None else None
     return scatter(output, selection, query.shape[2], config, backend, local=local)
 
 
@@ -159,6 +164,16 @@ def scatter(
     return scattered
 
 
+def inner_attention(attention: InnerAttention | None, config: LighthouseConfig) -> InnerAttention:
+    """The given one, or the default; refused where it could not do what ``combine`` asks for."""
+    if config.combine == "softmax" and attention not in (None, causal_attention):
+        raise ValueError(
+            f"attention={attention!r}: combine='softmax' needs log-sum-exps, which it does not return; nearest valid "
+            "value: None (or combine='sum')"
+        )
+    return attention or causal_attention
+
+
 def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Refuse tensors that do not fit together in shape, dtype or device."""
     check_shapes(query, key, value)
@@ -197,7 +212,7 @@ class LighthouseAttention(nn.Module):
     def __init__(self, config: LighthouseConfig, attention: InnerAttention | None = None) -> None:
         super().__init__()
         self.config = config
-        self.attention = attention or causal_attention
+        self.attention = inner_attention(attention, config)
 
     def forward(
         self,

@@ -12,6 +12,7 @@ Scorer = Literal["norm", "dilated", "gla"]
 Backend = Literal["auto", "torch", "triton"]
 ResolvedBackend = Literal["torch", "triton"]
 SelectionRule = Literal["published", "delayed", "causal", "none"]
+Combine = Literal["sum", "softmax"]
 
 #: Triton's interpreter runs kernels on CPU tensors. Triton reads this variable when it is imported, and so do we.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -67,6 +68,13 @@ class LighthouseConfig:
     positions in place of that entry's output (docs/method.md, section 10.4). 0, as published: it gets nothing.
     """
 
+    combine: Combine = "sum"
+    """What a position makes of its parts, which are the rows of each level and of the local window (docs/method.md,
+    section 10.6). ``sum``, as published: it adds them up. ``softmax``: it merges them into one softmax over all that
+    they attended to, by their log-sum-exps; the local window is then a part at every position. Not under context
+    parallelism, and not with ``selection="none"``, which leaves one part only.
+    """
+
     backend: Backend = "auto"
     """``torch``: plain PyTorch; ``triton``: kernels, never a silent fallback; ``auto``: triton on a GPU, else torch."""
 
@@ -75,7 +83,7 @@ class LighthouseConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise ValueError(f"{name}={value!r}: must be an integer")
-        named = {"scorer": Scorer, "selection": SelectionRule, "backend": Backend}
+        named = {"scorer": Scorer, "selection": SelectionRule, "combine": Combine, "backend": Backend}
         for name, choices in ((name, get_args(rule)) for name, rule in named.items()):
             value = getattr(self, name)
             if value not in choices:
@@ -93,6 +101,11 @@ class LighthouseConfig:
             raise ValueError(
                 f"local_window=0: selection='none' needs a window; nearest valid value: {WINDOW_STEP} (or another "
                 "selection)"
+            )
+        if self.selection == "none" and self.combine != "sum":
+            raise ValueError(
+                f"combine={self.combine!r}: selection='none' leaves nothing to merge but the window; nearest valid "
+                "value: 'sum' (or another selection)"
             )
 
     @property
@@ -115,6 +128,11 @@ class LighthouseConfig:
                 f"local_window={self.local_window}: must not be longer than the {seq_len // num_chunks} tokens of each "
                 f"of the {num_chunks} chunks of context parallelism; nearest valid value: "
                 f"{seq_len // num_chunks // WINDOW_STEP * WINDOW_STEP}"
+            )
+        if num_chunks > 1 and self.combine != "sum":
+            raise ValueError(
+                f"combine={self.combine!r}: ring attention returns no log-sum-exps under context parallelism (the "
+                f"sequence in {num_chunks} chunks); nearest valid value: 'sum'"
             )
         if self.selection == "none":
             return

@@ -21,6 +21,7 @@ from lighthouse.attention import (
     Rotate,
     check_inputs,
     gather,
+    inner_attention,
     rows_to_score,
     scatter,
 )
@@ -132,6 +133,7 @@ def context_parallel_attention(
     scored = rows_to_score(query, key, config, score_by)
     local_len = query.shape[2]
     config.validate(local_len * dist.get_world_size(shards.group), shards.num_chunks)
+    attention = inner_attention(attention, config)
     backend = config.resolve_backend(query.device.type)
     chunk_len, config = local_len // shards.held, config.of_chunk(shards.num_chunks)
     chunks = [shards.stack(rows) for rows in (query, key, value)]

@@ -137,6 +137,19 @@ class _Scatter(torch.autograd.Function):
         return rows_grad, None, None, None, None, None, halo_grad, local_grad
 
 
+def entries_over(
+    inverse_map: Tensor, seq_len: int, num_levels: int, pooling_factor: int, *, written: bool
+) -> list[tuple[Tensor, Tensor]]:
+    """For each level, finest first, the one entry in whose window each position lies: its index within the level, [N],
+    negative where there is none, and its slot, [B, G, N], −1 where there is none or it is not selected."""
+    position = torch.arange(seq_len, device=inverse_map.device)
+    shift, found = int(written), []
+    for level, offset in enumerate(level_offsets(seq_len, num_levels, pooling_factor)[:-1]):
+        index = (position + shift) // pooling_factor**level - shift
+        found.append((index, inverse_map[..., offset + index.clamp(min=0)].where(index >= 0, -1)))
+    return found
+
+
 def _pool(rows: Tensor, entry: Tensor, num_levels: int, pooling_factor: int, *, written: bool) -> Tensor:
     """Reduce a window of ``rows`` for every selected entry: the mean of the window that it covers, or the sum over the
     window that it writes to (``written``)."""
@@ -163,14 +176,10 @@ def _spread(
     local: Tensor | None = None,
 ) -> Tensor:
     """The transpose of ``_pool``: add up, for every position, the rows of the entries in whose window it lies."""
-    position = torch.arange(seq_len, device=rows.device)
-    shift = int(written)
     total: Tensor | None = None
-    for level, offset in enumerate(level_offsets(seq_len, num_levels, pooling_factor)[:-1]):
-        # The one entry of this level in whose window the position lies, if there is one and it is selected.
-        index = (position + shift) // pooling_factor**level - shift
-        slot = inverse_map[..., offset + index.clamp(min=0)].where(index >= 0, -1)
-        taken = _take_or_zero(rows, slot)
+    found = entries_over(inverse_map, seq_len, num_levels, pooling_factor, written=written)
+    for level, (index, slot) in enumerate(found):
+        taken = take_or_zero(rows, slot)
         if local is not None and level == 0:
             taken = taken + where_missing(local, inverse_map).to(taken.dtype)
         if not written:
@@ -190,8 +199,9 @@ def _take(rows: Tensor, index: Tensor) -> Tensor:
     return grouped.gather(3, where).flatten(1, 2)
 
 
-def _take_or_zero(rows: Tensor, index: Tensor) -> Tensor:
-    """As ``_take``, in the accumulation dtype, with a row of zeros where the index is −1."""
+def take_or_zero(rows: Tensor, index: Tensor) -> Tensor:
+    """rows [B, H, n, D] at index [B, G, N], where each group's index serves its H/G heads: [B, H, N, D] in the
+    accumulation dtype, with a row of zeros where the index is −1."""
     taken = _take(rows, index.clamp(min=0)).to(accumulation_dtype(rows.dtype))
     present = (index >= 0).repeat_interleave(rows.shape[1] // index.shape[1], dim=1)[..., None]
     return taken.where(present, 0.0)

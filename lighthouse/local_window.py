@@ -60,10 +60,32 @@ def attend_locally(
 def _attend_in_blocks(
     query: Tensor, key: Tensor, value: Tensor, window: int, before: Sequence[Tensor] | None, starts_every: int
 ) -> Tensor:
-    batch, _, seq_len, _ = query.shape
     grouped = query.shape[1] != key.shape[1]
-    if before is None and window >= seq_len:
+    if before is None and window >= query.shape[2]:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+    queries, keys, values, mask = in_blocks(query, key, value, window, before, starts_every)
+    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=grouped)
+    return joined(out, query)
+
+
+def in_blocks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int,
+    before: Sequence[Tensor] | None = None,
+    starts_every: int = 1,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Blocks of W queries and the 2·W keys and values around them, as sequences of the batch.
+
+    Args:
+        as ``attend_locally``.
+
+    Returns:
+        Queries [B·n, H, W, D] for n blocks, keys and values [B·n, G, 2·W, D], and who sees whom, [B·n, 1, W, 2·W] bool.
+        ``joined`` puts the result together.
+    """
+    batch, _, seq_len, _ = query.shape
     blocks = -(-seq_len // window)
     fill = (0, 0, 0, blocks * window - seq_len)
     queries = F.pad(query, fill).unflatten(2, (blocks, window)).transpose(1, 2).flatten(0, 1)  # [B·blocks, H, W, D]
@@ -81,6 +103,11 @@ def _attend_in_blocks(
     is_start = sequence % starts_every == 0 if starts_every else torch.zeros_like(sequence, dtype=torch.bool)
     first = (number % blocks == 0) & (is_start if before is not None else True)
     exists = ~first[:, None] | (torch.arange(2 * window, device=query.device) >= window)
-    mask = (near & exists[:, None])[:, None]  # [B·blocks, 1, W, 2·W]
-    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=grouped)
-    return out.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :seq_len]
+    return queries, keys, values, (near & exists[:, None])[:, None]
+
+
+def joined(blocks: Tensor, query: Tensor) -> Tensor:
+    """Results of blocks, [B·n, H, W, …], in the order of the queries [B, H, N, D] that ``in_blocks`` was given:
+    [B, H, N, …]."""
+    batch, _, seq_len, _ = query.shape
+    return blocks.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)[:, :, :seq_len]

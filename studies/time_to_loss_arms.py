@@ -60,6 +60,7 @@ def two_stages(name: str, parts: int, *lighthouse: str) -> tuple[Stage, ...]:
 DELAYED, CAUSAL = "--lighthouse.selection=delayed", "--lighthouse.selection=causal"
 LOCAL = "--lighthouse.local_window="
 CAUSAL_W512 = (CAUSAL, f"{LOCAL}512")
+SOFTMAX_W512 = (*CAUSAL_W512, "--lighthouse.combine=softmax")
 WINDOW_ALONE = ("--lighthouse.selection=none", f"{LOCAL}1024")
 DENSE_EVERY = "--lighthouse.dense_every="
 KEEP_LOOKING_BACK = "--lighthouse.layers=0-6,8"
@@ -149,6 +150,24 @@ ARMS = [
         (
             Stage("short", 8, context=8192),
             Stage("causal-w512-looking-back-every-8th", 6, (*CAUSAL_W512, KEEP_LOOKING_BACK, f"{DENSE_EVERY}8")),
+            Stage("dense", 2),
+        ),
+    ),
+    # The parts of a position merged as one softmax, which is what dense weights know.
+    Arm("softmax W512 14:2", two_stages("softmax-w512", 14, *SOFTMAX_W512)),
+    Arm(
+        "softmax W512 layers 0-6 and 8 14:2",
+        two_stages("softmax-w512-looking-back", 14, *SOFTMAX_W512, KEEP_LOOKING_BACK),
+    ),
+    Arm(
+        "softmax W512 layers 0-6 and 8 every 8th dense 14:2",
+        two_stages("softmax-w512-looking-back-every-8th", 14, *SOFTMAX_W512, KEEP_LOOKING_BACK, f"{DENSE_EVERY}8"),
+    ),
+    Arm(
+        "short 8192, softmax W512 layers 0-6 and 8, dense 4:10:2",
+        (
+            Stage("short", 4, context=8192),
+            Stage("softmax-w512-looking-back", 10, (*SOFTMAX_W512, KEEP_LOOKING_BACK)),
             Stage("dense", 2),
         ),
     ),

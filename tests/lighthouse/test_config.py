@@ -120,6 +120,7 @@ def test_dilation_divides_the_sequence():
         ({"top_k": 1536.0}, "integer"),
         ({"num_levels": True}, "integer"),
         ({"selection": "casual"}, "'published', 'delayed', 'causal'"),
+        ({"combine": "mean"}, "'sum', 'softmax'"),
         ({"local_window": -128}, "nearest valid values: 0"),
         ({"local_window": 100}, "nearest valid values: 0 or 128"),
         ({"local_window": 500}, "nearest valid values: 384 or 512"),
@@ -139,6 +140,15 @@ def test_a_window_alone_needs_no_geometry_but_a_window():
     assert config.selected_length(98305) == 0
     with pytest.raises(ValueError, match=r"local_window=0: selection='none' needs a window; .*: 128"):
         LighthouseConfig(selection="none")
+
+
+def test_a_merge_needs_parts_and_the_whole_sequence():
+    config = LighthouseConfig(combine="softmax")
+    config.validate(98304)
+    with pytest.raises(ValueError, match=r"combine='softmax': .* in 4 chunks.*; nearest valid value: 'sum'"):
+        config.validate(98304, 4)
+    with pytest.raises(ValueError, match=r"combine='softmax': selection='none' .*; nearest valid value: 'sum'"):
+        LighthouseConfig(combine="softmax", selection="none", local_window=512)
 
 
 def test_a_window_fits_into_a_chunk():

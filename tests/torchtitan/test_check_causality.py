@@ -54,15 +54,16 @@ def test_a_published_run_fails_and_says_where(published, tmp_path):
         assert position["verdict"] == "NOT CAUSAL" and f"| {position['t']:,} | {position['where']} |" in process.stdout
 
 
-@pytest.mark.parametrize("window", [0, 128])
-def test_a_causal_run_passes(window, tmp_path, capsys):
+@pytest.mark.parametrize(("window", "combine"), [(0, "sum"), (128, "softmax")])
+def test_a_causal_run_passes(window, combine, tmp_path, capsys):
     """Two tiles: one of the positions is the last before the border, one the first after it."""
     settings = ["--training.seq_len=2048", "--lighthouse.top_k=256", "--lighthouse.selection=causal"]
-    folder = save_run(tmp_path / "causal", *settings, f"--lighthouse.local_window={window}")
+    settings += [f"--lighthouse.local_window={window}", f"--lighthouse.combine={combine}"]
+    folder = save_run(tmp_path / "causal", *settings)
     assert check(folder, *QUICK, "--output", tmp_path / "causality.json") == 0
     report = json.loads((tmp_path / "causality.json").read_text())
     assert report["exact"] and {1023, 1024, 1025} < {position["t"] for position in report["positions"]}
-    attention = "Lighthouse, causal" + (", window 128" if window else "")
+    attention = "Lighthouse, causal" + (", window 128, softmax" if window else "")
     assert report["attention"] == attention and f"| {attention} | 1,024 | on the border of a tile | 0 |" in (
         capsys.readouterr().out
     )

@@ -14,6 +14,7 @@ from torchtitan.experiments.lighthouse.runs.settings import build_model
 from torchtitan.experiments.lighthouse.settings_rules import check_settings
 
 from helpers.settings import REPOSITORY, model_args, parse
+from lighthouse import causal_attention
 
 CONFIGS = sorted((REPOSITORY / "train_configs").glob("*.toml"))
 PARAMETERS = {"530m": 530_117_632, "268m": 268_104_704, "32m": 32_451_072, "debug": 1_361_536, "debug_gqa": 1_263_232}
@@ -66,13 +67,16 @@ def test_layers_2_to_27_and_only_those_are_routed():
     # Around the very module that dense layers use, the one that context parallelism works on.
     assert all(attentions[layer].lighthouse.attention is attentions[layer].inner_attention for layer in routed)
     assert len({type(attention.inner_attention) for attention in attentions.values()}) == 1
+    # But for the merge, whose attention returns log-sum-exps.
+    merged = build_model(parse("debug.toml", "--lighthouse.combine=softmax")).layers["2"].attention
+    assert merged.lighthouse.attention is causal_attention
 
 
 def test_every_field_works_on_the_command_line():
     values = {
         "layers": "1,-2", "num_levels": 2, "pooling_factor": 2, "top_k": 256, "scorer": "gla", "dilation": 8,
         "rope": "after_gather", "cover_start": False, "selection": "causal", "local_window": 512, "backend": "torch",
-        "dense_every": 8,
+        "dense_every": 8, "combine": "softmax",
     }  # fmt: skip
     flags = [
         word

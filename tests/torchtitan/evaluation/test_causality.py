@@ -44,10 +44,18 @@ CAUSAL = "--lighthouse.selection=causal"
         [DENSE],
         [CAUSAL],
         [CAUSAL, "--lighthouse.local_window=128"],
+        [CAUSAL, "--lighthouse.local_window=128", "--lighthouse.combine=softmax"],
         [CAUSAL, "--lighthouse.rope=after_gather"],
         [CAUSAL, "--lighthouse.no-cover_start", "--model.flavor=debug_gqa"],
     ],
-    ids=["dense", "causal", "causal, window", "causal, rope after gather", "causal, grouped heads"],
+    ids=[
+        "dense",
+        "causal",
+        "causal, window",
+        "causal, window, merged",
+        "causal, rope after gather",
+        "causal, grouped heads",
+    ],
 )
 def test_causal_attention_moves_no_logit_at_all(overrides):
     result = checked(*overrides)

@@ -8,6 +8,7 @@ from torchtitan.experiments.lighthouse.seams.context_parallel import remember_la
 from helpers.launch import CONFIG, SMALL, flags, run_ranks
 
 WINDOWED = ["--lighthouse.selection=causal", "--lighthouse.local_window=128"]
+MERGED = "--lighthouse.combine=softmax"
 FLOAT32 = flags({name: value for name, value in SMALL.items() if not name.startswith("checkpoint.")})
 
 
@@ -17,9 +18,16 @@ FLOAT32 = flags({name: value for name, value in SMALL.items() if not name.starts
         ((1, 2, 1), ["--parallelism.fsdp_reshard_after_forward=always"]),
         ((1, 1, 2), ["--parallelism.disable_loss_parallel"]),
         ((1, 1, 2), ["--parallelism.disable_loss_parallel", "--model.flavor=debug_gqa", *WINDOWED]),
+        ((1, 1, 2), ["--parallelism.disable_loss_parallel", "--model.flavor=debug_gqa", *WINDOWED, MERGED]),
         ((2, 2, 1), ["--activation_checkpoint.mode=full", *WINDOWED]),
     ],
-    ids=["FSDP 2", "TP 2", "TP 2, grouped heads, window", "HSDP 2x2, full activation checkpointing, window"],
+    ids=[
+        "FSDP 2",
+        "TP 2",
+        "TP 2, grouped heads, window",
+        "the same, merged",
+        "HSDP 2x2, full activation checkpointing, window",
+    ],
 )
 def test_parallel_equals_one_process(layout, overrides):
     """Loss and every gradient of a step on the same sequences, float32, gloo."""

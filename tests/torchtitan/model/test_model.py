@@ -80,20 +80,25 @@ def test_rotary_embedding_after_the_gather(flavor):
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["--lighthouse.rope", "after_gather", "--activation_checkpoint.mode", "full"],
-        ["--lighthouse.rope", "after_gather", "--compile.enable", "--compile.backend", "aot_eager"],
+        ["--lighthouse.rope=after_gather", "--activation_checkpoint.mode", "full"],
+        ["--lighthouse.rope=after_gather", "--compile.enable", "--compile.backend", "aot_eager"],
         ["--activation_checkpoint.mode", "full"],
         ["--activation_checkpoint.mode", "selective", "--activation_checkpoint.selective_ac_option", "op"],
         ["--activation_checkpoint.mode", "selective", "--activation_checkpoint.selective_ac_option", "2"],
         ["--compile.enable", "--compile.backend", "aot_eager"],
         ["--compile.enable", "--compile.backend", "aot_eager", "--activation_checkpoint.mode", "selective",
          "--activation_checkpoint.selective_ac_option", "op"],
+        ["--lighthouse.combine=softmax", "--lighthouse.local_window=128", "--activation_checkpoint.mode", "full"],
+        ["--lighthouse.combine=softmax", "--lighthouse.local_window=128", "--compile.enable",
+         "--compile.backend", "aot_eager", "--activation_checkpoint.mode", "selective",
+         "--activation_checkpoint.selective_ac_option", "op"],
     ],
-    ids=["rope, full", "rope, compile", "full", "op", "every second layer", "compile", "compile and op"],
+    ids=["rope, full", "rope, compile", "full", "op", "every second layer", "compile", "compile and op",
+         "softmax, full", "softmax, compile and op"],
 )  # fmt: skip
 def test_checkpointing_and_compilation_change_nothing(overrides, one_process):
     torch._dynamo.reset()
-    plain, _ = build(*(overrides[:2] if "rope" in overrides[0] else []))
+    plain, _ = build(*(word for word in overrides if word.startswith("--lighthouse.")))
     model, config = build("--training.mixed_precision_param", "float32", *overrides)
     dims = ParallelDims(dp_replicate=1, dp_shard=1, cp=1, tp=1, pp=1, ep=1, etp=1, world_size=1)
     model = parallelize_lighthouse(model, dims, config)

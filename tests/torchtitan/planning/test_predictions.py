@@ -95,6 +95,7 @@ def test_more_work_takes_longer_and_more_memory():
 def test_what_is_not_predicted_is_refused():
     for setting, names in {
         "--lighthouse.scorer=gla": "lighthouse.scorer=gla.*norm",
+        "--lighthouse.combine=softmax": "lighthouse.combine=softmax.*: sum",
         "--training.global_batch_size=33": "nearest valid value: 32",
         "--lighthouse.top_k=1500": "nearest valid values: 1408 or 1536",
     }.items():

@@ -109,6 +109,7 @@ ALLOW = "checkpoint.allow_changed"
         ({"lighthouse.num_levels": 2}, "lighthouse.num_levels 3 → 2"),
         ({"lighthouse.selection": "causal"}, "lighthouse.selection 'published' → 'causal'"),
         ({"lighthouse.local_window": 128}, "lighthouse.local_window 0 → 128"),
+        ({"lighthouse.combine": "softmax"}, "lighthouse.combine 'sum' → 'softmax'"),
         ({"lighthouse.dense_every": 4}, "lighthouse.dense_every 0 → 4"),
         ({"lighthouse.enable": False}, "lighthouse.enable True → False"),
         ({"lighthouse.layers": "1"}, "lighthouse.layers '1--2' → '1'"),

@@ -190,7 +190,8 @@ def attention_of(config: LighthouseConfig | None) -> str:
     if config is None:
         return "dense"
     window = f", window {config.local_window}" if config.local_window else ""
-    return f"Lighthouse, {config.selection}{window}"
+    merged = "" if config.combine == "sum" else f", {config.combine}"
+    return f"Lighthouse, {config.selection}{window}{merged}"
 
 
 def table(result: Result, attention: str) -> str:

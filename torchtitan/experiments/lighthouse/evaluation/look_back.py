@@ -50,7 +50,13 @@ def load(checkpoint: Path, settings: MergedConfig, window: int, device: torch.de
         window: tokens, a multiple of ``WINDOW_STEP``.
     """
     settings.lighthouse = replace(
-        settings.lighthouse, enable=True, layers="0--1", selection="none", local_window=window, dense_every=0
+        settings.lighthouse,
+        enable=True,
+        layers="0--1",
+        selection="none",
+        local_window=window,
+        combine="sum",
+        dense_every=0,
     )
     model = positions.load(checkpoint, settings, dense=False, device=device)
     for attention in attentions(model):

@@ -36,7 +36,8 @@ class LighthouseTransformer(Transformer):
         for layer in model_args.lighthouse_layers:
             attention = cast(LighthouseLlamaAttention, self.layers[str(layer)].attention)
             config = cast(LighthouseConfig, model_args.lighthouse)  # where there are such layers
-            attention.lighthouse = LighthouseAttention(config, attention.inner_attention)
+            inner = attention.inner_attention if config.combine == "sum" else None  # it returns no log-sum-exps
+            attention.lighthouse = LighthouseAttention(config, inner)
             attention.through_lighthouse = True
         self.output = OutputProjection(model_args.dim, model_args.vocab_size)
 

@@ -187,6 +187,7 @@ def _refuse_unknown(settings: MergedConfig) -> None:
         # Its states are computed in float32 by plain torch; nobody has measured it on a GPU.
         scorer = settings.lighthouse.scorer
         known["lighthouse.scorer"] = (scorer, "norm" if scorer == "gla" else scorer)
+        known["lighthouse.combine"] = (settings.lighthouse.combine, "sum")
         known["lighthouse.backend"] = (settings.lighthouse.backend.replace("triton", "auto"), "auto")
     for name, (value, only) in known.items():
         if value != only:

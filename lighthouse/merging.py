@@ -1,0 +1,207 @@
+"""Levels and local window as one softmax: ``combine = "softmax"`` (docs/method.md, section 10.6).
+
+A position has parts: of each level the selected entry that writes to it, and its local window. Each part is the result
+of an attention, a row with the log-sum-exp of the scores that it is normalised by. As one softmax over all their keys,
+they are a mean of the rows, weighted by the softmax of their log-sum-exps.
+
+This needs an attention that returns log-sum-exps and has a gradient through them: on a GPU PyTorch's FlexAttention
+(``lighthouse.flex``), on other devices plain PyTorch.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lighthouse import flex, gather_scatter
+from lighthouse.backend import load_kernels
+from lighthouse.config import LighthouseConfig, ResolvedBackend
+from lighthouse.gather_scatter import entries_over, take_or_zero
+from lighthouse.local_window import in_blocks, joined
+from lighthouse.pyramid import accumulation_dtype
+from lighthouse.selection import Selection
+
+#: What FlexAttention's kernels take; everything else is plain PyTorch, which keeps the scores.
+FLEX_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+FLEX_LEAST_HEAD_DIM = 16
+
+#: Queries, keys and values of an attention.
+Rows = tuple[Tensor, Tensor, Tensor]
+
+
+def attend_and_merge(
+    short: Rows,
+    local: Rows | None,
+    selection: Selection,
+    seq_len: int,
+    config: LighthouseConfig,
+    backend: ResolvedBackend,
+) -> Tensor:
+    """Attend to the short sequence and to the local window, and give each position the merge of its parts.
+
+    Args:
+        short: the gathered rows, [B, H, S, D] and twice [B, G, S, D], in the order of the selection.
+        local: query [B, H, N, D], key and value [B, G, N, D], if ``config.local_window`` is not 0.
+        seq_len: N.
+
+    Returns:
+        [B, H, N, D] in the dtype of the queries, differentiable once; 0 where a position has no part, which
+        ``config.cover_start`` and a local window both rule out.
+    """
+    query = short[0]
+    is_fused = query.is_cuda and query.dtype in FLEX_DTYPES and query.shape[-1] >= FLEX_LEAST_HEAD_DIM
+    # FlexAttention is a fused kernel in compiled code only.
+    run = _compiled() if is_fused and not torch.compiler.is_compiling() else _attend_and_merge
+    return run(
+        short,
+        local,
+        (selection.level, selection.entry, selection.inverse_map),
+        (seq_len, config.num_levels, config.pooling_factor),
+        config.local_window,
+        backend == "triton",
+        flex.attend if is_fused else attend_plainly,
+    )
+
+
+@functools.cache
+def _compiled() -> Callable[..., Tensor]:
+    # Without fullgraph, torch would fall back to the matrix of all scores, for instance after too many shapes.
+    return torch.compile(_attend_and_merge, dynamic=False, fullgraph=True)
+
+
+def _attend_and_merge(
+    short: Rows,
+    local: Rows | None,
+    selection: tuple[Tensor, Tensor, Tensor],
+    shape: tuple[int, int, int],
+    window: int,
+    by_kernels: bool,
+    attend: Callable[..., tuple[Tensor, Tensor]],
+) -> Tensor:
+    near = (None, None) if local is None else attend(*local, window)
+    merged: Tensor = _Merge.apply(*attend(*short), *near, *selection, shape, by_kernels)
+    return merged
+
+
+def attend_plainly(query: Tensor, key: Tensor, value: Tensor, window: int | None = None) -> tuple[Tensor, Tensor]:
+    """Causal attention over all positions, or over the last ``window``; scale 1/√D. It keeps the scores, in float32
+    (float64 for float64 inputs), whatever precision autocast would choose.
+
+    Args:
+        query: [B, H, M, D], any floating dtype.
+        key, value: [B, G, M, D] with G dividing H.
+
+    Returns:
+        The rows, [B, H, M, D] in the dtype of ``query``, and their log-sum-exps, [B, H, M] in the dtype of the scores.
+    """
+    length = query.shape[2]
+    if window is not None and window < length:
+        queries, keys, values, mask = in_blocks(query, key, value, window)
+        out, sums = _attend_under(mask, queries, keys, values)
+        return joined(out, query), joined(sums, query)
+    position = torch.arange(length, device=query.device)
+    return _attend_under(position[:, None] >= position, query, key, value)
+
+
+def _attend_under(mask: Tensor, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    wide, per_group = accumulation_dtype(query.dtype), query.shape[1] // key.shape[1]
+    with torch.autocast(query.device.type, enabled=False):
+        keys, values = (rows.to(wide).repeat_interleave(per_group, dim=1) for rows in (key, value))
+        scores = query.to(wide) @ keys.transpose(-1, -2) / math.sqrt(query.shape[-1])
+        scores = scores.masked_fill(~mask, -math.inf)
+        sums = scores.logsumexp(-1)
+        return ((scores - sums[..., None]).exp() @ values).to(query.dtype), sums
+
+
+class _Merge(torch.autograd.Function):
+    """The merge of a position's parts, and its gradient.
+
+    With g the gradient of the result y, and w_i the weight of part i, that of its row o_i is w_i·g, and that of its
+    log-sum-exp w_i·g·(o_i − y). An entry's are sums over the positions that it writes to. There o_i is the same row, so
+    that g·o_i is summed as the product of the row and the row's gradient. What is kept is y, which the next layer keeps
+    anyway, and what the two attentions keep: nothing of length N for a level.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        sums: Tensor,
+        near: Tensor | None,
+        near_sums: Tensor | None,
+        level: Tensor,
+        entry: Tensor,
+        inverse_map: Tensor,
+        shape: tuple[int, int, int],
+        by_kernels: bool,
+    ) -> Tensor:
+        slots = _slots(inverse_map, shape)
+        weights = _weights(sums, near_sums, slots)
+        total = rows.new_zeros((), dtype=weights[0].dtype)
+        for weight, slot in zip(weights, slots, strict=near is None):
+            total = total + weight[..., None] * take_or_zero(rows, slot)
+        if near is not None:
+            total = total + weights[-1][..., None] * near
+        # As attention modules go on: stored as [B, N, H, D].
+        result = _as_dtype(rows.dtype, total.transpose(1, 2).contiguous().transpose(1, 2))
+        ctx.save_for_backward(result, rows, sums, near, near_sums, level, entry, inverse_map)
+        ctx.shape, ctx.by_kernels = shape, by_kernels
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        result, rows, sums, near, near_sums, level, entry, inverse_map = ctx.saved_tensors
+        _, num_levels, pooling_factor = ctx.shape
+        weights = _weights(sums, near_sums, _slots(inverse_map, ctx.shape))
+        wide = weights[0].dtype
+        by_result = (grad.to(wide) * result).sum(-1)  # g·y, [B, H, N]
+
+        # Each level has weights of its own, and of each pass only its entries count.
+        of_level = level.repeat_interleave(rows.shape[1] // level.shape[1], dim=1)[..., None]  # [B, H, S, 1]
+        backward = load_kernels().scatter_backward if ctx.by_kernels else gather_scatter.scatter_backward
+        rows_grad = torch.zeros_like(rows)
+        for number, weight in enumerate(weights[:num_levels]):
+            weighted = _as_dtype(rows.dtype, weight[..., None] * grad)
+            pooled = backward(weighted, entry, inverse_map, num_levels, pooling_factor)
+            rows_grad = torch.where(of_level == number, pooled, rows_grad)
+        by_level = torch.stack([weight * by_result for weight in weights[:num_levels]], dim=-1)  # [B, H, N, L]
+        pooled = gather_scatter.scatter_backward(by_level, entry, inverse_map, num_levels, pooling_factor)
+        sums_grad = (rows_grad.to(wide) * rows).sum(-1) - pooled.gather(-1, of_level.long())[..., 0]
+
+        near_grad = near_sums_grad = None
+        if near is not None:
+            near_grad = _as_dtype(near.dtype, weights[-1][..., None] * grad)
+            near_sums_grad = (near_grad.to(wide) * near).sum(-1) - weights[-1] * by_result
+        return rows_grad, sums_grad, near_grad, near_sums_grad, None, None, None, None, None
+
+
+def _as_dtype(dtype: torch.dtype, rows: Tensor) -> Tensor:
+    # Not a bare cast: torch 2.11 compiles a result that is a no-op ``to`` into a gradient of zero.
+    return rows if rows.dtype == dtype else rows.to(dtype)
+
+
+def _slots(inverse_map: Tensor, shape: tuple[int, int, int]) -> list[Tensor]:
+    """Of each level, the slot of the entry that writes to each position, [B, G, N]; −1 where none does."""
+    return [slot for _, slot in entries_over(inverse_map, *shape, written=True)]
+
+
+def _weights(sums: Tensor, near_sums: Tensor | None, slots: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The weight of each level's row at each position, and of the window's last, [B, H, N] each; 0 for one that is not
+    there."""
+    heads = sums.shape[1]
+    parts = [
+        take_or_zero(sums[..., None], slot)[..., 0].masked_fill(
+            (slot < 0).repeat_interleave(heads // slot.shape[1], dim=1), -math.inf
+        )
+        for slot in slots
+    ]
+    stacked = torch.stack(parts if near_sums is None else [*parts, near_sums])
+    # Where there is no part at all, softmax is 0/0.
+    return stacked.softmax(0).masked_fill(stacked == -math.inf, 0.0).unbind(0)
