@@ -106,19 +106,26 @@ def main() -> None:
         shards = SequenceShards(mesh.get_group(), load_balanced=balanced)
         layer = ShardedLighthouseAttention(config, ring, shards)
 
-        check_selection(query, key, own, shards, config, where)
+        # Ungrouped heads are selected by other rows than those that attend.
+        by = own_by = None
+        if groups == HEADS:
+            by = tuple(torch.randn(query.shape, generator=generator).to(device, dtype) for _ in range(2))
+            own_by = tuple(shard(rows, mesh, balanced) for rows in by)
+            assert not torch.equal(select(*by, config).index, select(query, key, config).index), where
+        check_selection(by or (query, key), own_by or own[:2], shards, config, where)
         # Grouped heads are also rotated after the gather, by angles that are sharded as the rows are.
         rotate = own_rotate = None
         if groups != HEADS:
             angles = ANGLES[None, None].to(device)
             rotate, own_rotate = (partial(turn, rows[0, 0]) for rows in (angles, shard(angles, mesh, balanced)))
         exact = [x.float() for x in inputs]
-        whole = partial(lighthouse_attention, config=config, rotate=rotate)
+        whole = partial(lighthouse_attention, config=config, rotate=rotate, score_by=by)
         expected = one_device = of_rank_0([exact[0], *exact[:3]], partial(results, whole, *exact))
         if dtype != torch.float32:
             one_device = results(partial(whole, attention=plain), *inputs)
         # Selected from rounded rows in both: float32 copies of them have the same norms.
-        ours = results(partial(layer, enable_gqa=groups != HEADS, rotate=own_rotate), *own)
+        how = {"enable_gqa": groups != HEADS, "rotate": own_rotate, "score_by": own_by}
+        ours = results(partial(layer, **how), *own)
         for name, got, want, single in zip(("output", "dq", "dk", "dv"), ours, expected, one_device, strict=True):
             want, single = shard(want, mesh, balanced), shard(single, mesh, balanced)
             scale = want.abs().max()
@@ -136,7 +143,7 @@ def main() -> None:
             print(f"{where}: {name} off by {error:.2e}, one device by {allowed:.2e}", flush=True)
 
         without = ShardedLighthouseAttention(config, ring, WithoutHalo(mesh.get_group(), load_balanced=balanced))
-        out = without(*own[:3], enable_gqa=groups != HEADS, rotate=own_rotate)
+        out = without(*own[:3], **how)
         missing = shards.stack((out.float() - shard(expected[0], mesh, balanced)).abs())
         starts = shards.starts_every == 1 and dist.get_rank() == 0  # this rank holds nothing but the sequence's start
         assert starts or missing[:, :, :reach].max() > 0.01, f"{where}: the test does not see the halo"
@@ -149,10 +156,10 @@ class WithoutHalo(SequenceShards):
         return torch.zeros_like(halo)
 
 
-def check_selection(query, key, own, shards, config, where):
+def check_selection(scored, own_scored, shards, config, where):
     """The rank's chunks select what one device selects in these chunks."""
-    whole = select(query, key, config)
-    chunks = [shards.stack(rows) for rows in own[:2]]
+    whole = select(*scored, config)
+    chunks = [shards.stack(rows) for rows in own_scored]
     local = select(*chunks, config.of_chunk(shards.num_chunks), starts_every=shards.starts_every)
     rank, size = dist.get_rank(), dist.get_world_size()
     held = (rank, 2 * size - 1 - rank) if shards.load_balanced else (rank,)
