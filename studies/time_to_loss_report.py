@@ -171,6 +171,12 @@ def report(folder: Path, output: Path, level: float | None, order: list[str]) ->
     results = [json.loads(file.read_text()) for file in folder.glob("*.json")]
     if not results:
         raise SystemExit(f"time_to_loss: {folder} holds no finished arm")
+    for result in results:
+        if "recall" not in result["score"]["recall_far"]:
+            raise SystemExit(
+                f"time_to_loss: {folder}: arm {result['arm']!r} was measured without recall by an earlier version; the "
+                f"report of its commit reads it: {result['commit']}"
+            )
     results.sort(key=lambda one: (one["seed"], order.index(one["arm"]) if one["arm"] in order else len(order)))
     output.mkdir(parents=True, exist_ok=True)
     about = sorted({f"{one['gpu']}, torch {one['torch']}, commit {one['commit']}" for one in results})

@@ -305,6 +305,10 @@ def test_the_report_compares_at_equal_tokens_and_at_equal_seconds(options, capsy
         assert said in capsys.readouterr().out
     with pytest.raises(SystemExit, match="no finished arm"):
         time_to_loss.report(options.output, options.output, None, ORDER)
+    del result["score"]["recall_far"]["recall"]  # as the study's first text was measured
+    recall.write_json(results / "old.json", result | {"commit": "e08b9bd"})
+    with pytest.raises(SystemExit, match=r"without recall by an earlier version; .*: e08b9bd$"):
+        time_to_loss.report(results, options.output / "report", None, ORDER)
 
 
 def test_prepare_then_a_run_that_is_refused(tmp_path, monkeypatch):
