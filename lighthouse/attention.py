@@ -93,7 +93,7 @@ def attend_selected(
     """
     attention = inner_attention(attention, config)
     backend = backend or config.resolve_backend(query.device.type)
-    short_query, short_key, short_value = (gather(rows, selection, config, backend) for rows in (query, key, value))
+    short_query, short_key, short_value = gather_three(query, key, value, selection, config, backend)
     if rotate is not None:
         position = selection.last_positions(config.pooling_factor)
         short_query, short_key = rotate(short_query, position), rotate(short_key, position)
@@ -119,6 +119,20 @@ def gather(rows: Tensor, selection: Selection, config: LighthouseConfig, backend
     twin = load_kernels().gather if backend == "triton" else gather_scatter.gather
     gathered: Tensor = twin(rows, selection.entry, selection.inverse_map, config.num_levels, config.pooling_factor)
     return gathered
+
+
+def gather_three(
+    query: Tensor, key: Tensor, value: Tensor, selection: Selection, config: LighthouseConfig, backend: ResolvedBackend
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``gather`` of query [B, H, N, D], key and value [B, G, N, D]: the kernels take all three in one launch."""
+    if backend == "torch":
+        short_query, short_key, short_value = (gather(x, selection, config, backend) for x in (query, key, value))
+        return short_query, short_key, short_value
+    shape = (config.num_levels, config.pooling_factor)
+    short: tuple[Tensor, Tensor, Tensor] = load_kernels().gather_three(
+        query, key, value, selection.entry, selection.inverse_map, *shape
+    )
+    return short
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, enable_gqa: bool = False) -> Tensor:

@@ -20,7 +20,7 @@ from lighthouse.attention import (
     LighthouseAttention,
     Rotate,
     check_inputs,
-    gather,
+    gather_three,
     inner_attention,
     rows_to_score,
     scatter,
@@ -150,7 +150,9 @@ def context_parallel_attention(
     # Where they are query and key themselves, as nearly always, they are stacked already.
     scored_query, scored_key = chunks[:2] if score_by is None else map(shards.stack, scored)
     selection = select(scored_query, scored_key, config, starts_every=shards.starts_every, backend=backend)
-    short = [shards.join(gather(rows, selection, config, backend)) for rows in chunks]
+    query_rows, key_rows, value_rows = chunks
+    gathered = gather_three(query_rows, key_rows, value_rows, selection, config, backend)
+    short = [shards.join(rows) for rows in gathered]
     if rotate is not None:
         position = selection.last_positions(config.pooling_factor)
         # Where each chunk begins in the rank's own rows, in the order of ``stack``.

@@ -79,6 +79,8 @@ def select(
         raise ValueError(f"scorer={config.scorer!r} needs the value tensor: call select(..., value=value)")
     backend = backend or config.resolve_backend(query.device.type)
     starts_every = starts_every if config.cover_start else 0
+    if backend == "triton" and config.scorer == "norm":  # one operator, without a gradient and deaf to autocast
+        return _select_by_kernels(query, key, value, config, starts_every)
     # Scores stay in float32 whatever precision autocast would choose.
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         if backend == "triton":
@@ -93,24 +95,21 @@ def select(
 def _select_by_kernels(
     query: Tensor, key: Tensor, value: Tensor | None, config: LighthouseConfig, starts_every: int
 ) -> Selection:
-    kernels, num_levels, p = load_kernels(), config.num_levels, config.pooling_factor
+    kernels, p = load_kernels(), config.pooling_factor
+    delayed, causal = config.selection != "published", config.selection == "causal"
+    how = (config.num_levels, p, config.num_tiles, starts_every, delayed, causal)
     if config.scorer == "norm":
-        scores = kernels.norm_scores(query, key, p)
-    else:
-        scores = [pool_scores(score, 2, p)[1] for score in SCORERS[config.scorer](query, key, value, config)]
-    if config.selection != "published":
-        scores = [_delayed(score, config, level=1) for score in scores]
-    causal = config.selection == "causal"
-    parents = kernels.pick_parents(*scores, num_levels, p, config.num_tiles, starts_every, causal)
-    return Selection(*kernels.order_entries(parents, query.shape[2], num_levels, p))
+        return Selection(*kernels.select_by_norms(query, key, *how))
+    scores = (pool_scores(score, 2, p)[1] for score in SCORERS[config.scorer](query, key, value, config))
+    return Selection(*kernels.select_by_scores(*scores, *how))
 
 
-def _delayed(score: Tensor, config: LighthouseConfig, level: int = 0) -> Tensor:
-    """Scores of ``level``, [B, G, n], moved one coarsest window later in their tile (docs/method.md, section 10.2).
+def _delayed(score: Tensor, config: LighthouseConfig) -> Tensor:
+    """Scores [B, G, N], moved one coarsest window later in their tile (docs/method.md, section 10.2).
 
     The first window of a tile gets 0, the lowest score: so a chunk of the sequence needs nothing of the one before it.
     """
-    window = config.pooling_factor ** (config.num_levels - 1 - level)
+    window = config.pooling_factor ** (config.num_levels - 1)
     tiles = score.unflatten(-1, (config.num_tiles, -1))
     return F.pad(tiles[..., :-window], (window, 0)).flatten(-2)
 

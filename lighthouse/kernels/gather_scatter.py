@@ -2,15 +2,19 @@
 
 Specification: the functions of the same names in ``lighthouse.gather_scatter``.
 
-Two kernels serve the four operators. ``_pool_kernel``, for ``gather`` and ``scatter_backward``, reduces windows of the
+Two kernels serve all operators. ``_pool_kernel``, for ``gather`` and ``scatter_backward``, reduces windows of the
 sequence to the rows of the selected entries. ``_spread_kernel``, for ``scatter`` and ``gather_backward``, gives every
-position of the sequence the rows of the entries in whose windows it lies. The flag ``WRITTEN`` says which window of an
-entry is meant: the one that it writes to, with weight 1, or the one that it covers, with weight 1/p^ℓ.
+position of the sequence the rows of the entries in whose windows it lies. ``gather_three`` and its backward treat
+query, key and value in one launch.
+
+The flag ``WRITTEN`` says which window of an entry is meant: the one that it writes to, with weight 1, or the one that
+it covers, with weight 1/p^ℓ.
 
 Either kernel passes over the sequence once and writes each output row once.
 """
 
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lighthouse.gather_scatter import halo_backward, where_missing
-from lighthouse.kernels.common import accumulator, log2, padded, with_contiguous_rows
+from lighthouse.kernels.common import accumulator, launch, log2, operator, padded, with_contiguous_rows
 from lighthouse.pyramid import accumulation_dtype, level_lengths, level_offsets
 
 #: Elements of a block of rows: 16 bytes of bfloat16 for each of 128 threads.
@@ -119,19 +123,40 @@ def _pool_window(
 
 
 @triton.jit
+def _of_three(lane, heads, groups, first, second, third):
+    """Of three values the one for the ``lane``-th head of query, key and value, which stand one after the other."""
+    return tl.where(lane < heads, first, tl.where(lane < heads + groups, second, third))
+
+
+@triton.jit
 def _pool_kernel(
-    rows, inverse_map, out, coarse,
-    stride_b, stride_h, stride_n, num_rows,
+    rows, rows_2, rows_3, inverse_map, out, out_2, out_3, coarse,
+    stride_b, stride_h, stride_n, stride_b_2, stride_h_2, stride_n_2, stride_b_3, stride_h_3, stride_n_3, num_rows,
     base_length, base_offset, blocks, heads, groups, head_dim, selected, num_entries,
-    STEPS: tl.constexpr, FIRST_PASS: tl.constexpr, STORE_COARSE: tl.constexpr, WRITTEN: tl.constexpr,
-    FACTOR: tl.constexpr, LOG_FACTOR: tl.constexpr,
+    THREE: tl.constexpr, STEPS: tl.constexpr, FIRST_PASS: tl.constexpr, STORE_COARSE: tl.constexpr,
+    WRITTEN: tl.constexpr, FACTOR: tl.constexpr, LOG_FACTOR: tl.constexpr,
     BLOCK_WINDOWS: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    """``THREE``: three tensors, of ``heads``, ``groups`` and ``groups`` heads; otherwise one, of ``heads``."""
     block = tl.program_id(0) % blocks
-    bh = (tl.program_id(0) // blocks).to(tl.int64)
-    b, h = bh // heads, bh % heads
-    inverse_map += (b * groups + h // (heads // groups)) * num_entries + base_offset
-    out += bh * selected * head_dim
+    program = (tl.program_id(0) // blocks).to(tl.int64)
+    lanes = heads
+    if THREE:
+        lanes = heads + 2 * groups
+    b, lane = program // lanes, program % lanes
+    h, group = lane, lane // (heads // groups)
+    in_out = b * heads + lane
+    if THREE:
+        h = _of_three(lane, heads, groups, lane, lane - heads, lane - heads - groups)
+        group = tl.where(lane < heads, group, h)
+        in_out = _of_three(lane, heads, groups, in_out, b * groups + h, b * groups + h)
+        rows = _of_three(lane, heads, groups, rows, rows_2, rows_3)
+        out = _of_three(lane, heads, groups, out, out_2, out_3)
+        stride_b = _of_three(lane, heads, groups, stride_b, stride_b_2, stride_b_3)
+        stride_h = _of_three(lane, heads, groups, stride_h, stride_h_2, stride_h_3)
+        stride_n = _of_three(lane, heads, groups, stride_n, stride_n_2, stride_n_3)
+    inverse_map += (b * groups + group) * num_entries + base_offset
+    out += in_out * selected * head_dim
     window = block * BLOCK_WINDOWS + tl.arange(0, BLOCK_WINDOWS)
     pooled = _pool_window(
         rows + b * stride_b + h * stride_h, inverse_map, out, window, num_rows, stride_n, base_length, head_dim,
@@ -139,23 +164,32 @@ def _pool_kernel(
     )  # fmt: skip
     if STORE_COARSE:
         columns = tl.arange(0, BLOCK_D)
-        coarse += bh * blocks * BLOCK_WINDOWS * head_dim
+        coarse += program * blocks * BLOCK_WINDOWS * head_dim
         at = coarse + window.to(tl.int64)[:, None] * head_dim + columns[None, :]
         tl.store(at, pooled, mask=(columns < head_dim)[None, :])
 
 
-def _pool(
-    rows: Tensor, inverse_map: Tensor, selected: int, num_levels: int, pooling_factor: int, *, written: bool
-) -> Tensor:
-    """[B, H, N, D] to [B, H, S, D], contiguous."""
-    rows, inverse_map = with_contiguous_rows(rows), inverse_map.contiguous()
-    batch, heads, seq_len, head_dim = rows.shape
-    out = _empty_short(rows, selected)
+class _Pass(NamedTuple):
+    """What one launch of ``_pool_kernel`` is given beside tensors and their strides."""
+
+    programs: int
+    reached: int
+    """Rows of each head that it leaves to the next pass."""
+    numbers: tuple[int, ...]
+    constants: dict[str, Any]
+
+
+@cache
+def _passes(
+    seq_len: int, sequences: int, lanes: int, heads: int, groups: int, head_dim: int, selected: int,
+    dtype: torch.dtype, num_levels: int, pooling_factor: int, written: bool,
+) -> list[_Pass]:  # fmt: skip
+    """The launches that pool ``lanes`` heads of each of ``sequences`` sequences: they depend on nothing but sizes."""
     lengths = level_lengths(seq_len, num_levels, pooling_factor)
     offsets = level_offsets(seq_len, num_levels, pooling_factor)
     log_factor, block_d = log2(pooling_factor), padded(head_dim)
-    source, num_rows, level = rows, seq_len, 0
-    while True:
+    num_rows, level, passes = seq_len, 0, []
+    while level < num_levels - 1:
         # A pass climbs as many levels as fit into a program; the next one starts from the level it reached.
         first_pass = level == 0
         steps = min(num_levels - 1 - level, max(1, log2(LONGEST_WINDOW) // log_factor))
@@ -163,46 +197,89 @@ def _pool(
         span = pooling_factor**steps
         windows = max(BLOCK_SIZE // block_d, FEWEST_ROWS // span)
         # The first pass over written windows reads from one row before the sequence on.
-        blocks = triton.cdiv(num_rows + int(written and first_pass), windows * span)
-        reached = blocks * windows
-        coarse = out.new_empty(
-            (batch, heads, reached, head_dim) if more else (0,) * 4, dtype=accumulation_dtype(rows.dtype)
-        )
-        _pool_kernel[(blocks * batch * heads,)](
-            source, inverse_map, out, coarse,
-            *source.stride()[:3], num_rows,
-            lengths[level], offsets[level], blocks, heads, inverse_map.shape[1], head_dim, selected,
-            inverse_map.shape[2],
-            STEPS=steps, FIRST_PASS=first_pass, STORE_COARSE=more, WRITTEN=written,
-            FACTOR=pooling_factor, LOG_FACTOR=log_factor,
-            BLOCK_WINDOWS=windows, BLOCK_D=block_d, ACC=accumulator(rows.dtype),
+        blocks = -(-(num_rows + int(written and first_pass)) // (windows * span))
+        numbers = (
+            num_rows, lengths[level], offsets[level], blocks, heads, groups, head_dim, selected, offsets[-1]
         )  # fmt: skip
-        if not more:
-            return out
-        source, num_rows, level = coarse, reached, level + steps
+        constants = {
+            "THREE": lanes > heads, "STEPS": steps, "FIRST_PASS": first_pass, "STORE_COARSE": more,
+            "WRITTEN": written, "FACTOR": pooling_factor, "LOG_FACTOR": log_factor,
+            "BLOCK_WINDOWS": windows, "BLOCK_D": block_d, "ACC": accumulator(dtype),
+        }  # fmt: skip
+        passes.append(_Pass(blocks * sequences * lanes, blocks * windows, numbers, constants))
+        num_rows, level = blocks * windows, level + steps
+    return passes
+
+
+def _pool(
+    tensors: tuple[Tensor, ...], inverse_map: Tensor, selected: int, num_levels: int, pooling_factor: int,
+    *, written: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """[B, H, N, D] to [B, H, S, D], contiguous: of one tensor, or of query, key and value in one launch."""
+    sources, inverse_map = tuple(map(with_contiguous_rows, tensors)), inverse_map.contiguous()
+    batch, heads, seq_len, head_dim = sources[0].shape
+    lanes = sum(x.shape[1] for x in sources)
+    outs = tuple(_empty_short(x, selected) for x in sources)
+    for number, (programs, reached, numbers, constants) in enumerate(passes := _passes(
+        seq_len, batch, lanes, heads, inverse_map.shape[1], head_dim, selected, sources[0].dtype,
+        num_levels, pooling_factor, written,
+    )):  # fmt: skip
+        coarse = outs[0]  # not written in the last pass
+        if number < len(passes) - 1:
+            coarse = outs[0].new_empty((batch, lanes, reached, head_dim), dtype=accumulation_dtype(outs[0].dtype))
+        launch(
+            _pool_kernel, programs,
+            (*_three(sources), inverse_map, *_three(outs), coarse),
+            (*(stride for x in _three(sources) for stride in x.stride()[:3]), *numbers),
+            **constants,
+        )  # fmt: skip
+        if number == len(passes) - 1:
+            break
+        sources = coarse.split([x.shape[1] for x in sources], dim=1)
+    return outs
+
+
+def _three(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What is not there is not read: the first takes its place."""
+    return tensors if len(tensors) == 3 else tensors * 3
 
 
 def _empty_short(rows: Tensor, selected: int) -> Tensor:
     batch, heads, _, head_dim = rows.shape
-    return rows.new_empty(batch, heads, selected, head_dim)
+    return rows.new_empty((batch, heads, selected, head_dim))
 
 
 @triton.jit
 def _spread_kernel(
-    rows, inverse_map, halo, local, out,
-    stride_b, stride_h, stride_s, local_stride_b, local_stride_h, local_stride_n,
-    out_stride_b, out_stride_h, out_stride_n,
+    rows, rows_2, rows_3, inverse_map, halo, local, out, out_2, out_3,
+    stride_b, stride_h, stride_s, stride_b_2, stride_h_2, stride_s_2, stride_b_3, stride_h_3, stride_s_3,
+    local_stride_b, local_stride_h, local_stride_n,
     seq_len, blocks, heads, groups, head_dim, num_entries,
-    NUM_LEVELS: tl.constexpr, WRITTEN: tl.constexpr, HAS_HALO: tl.constexpr, HAS_LOCAL: tl.constexpr,
+    THREE: tl.constexpr, NUM_LEVELS: tl.constexpr, WRITTEN: tl.constexpr,
+    HAS_HALO: tl.constexpr, HAS_LOCAL: tl.constexpr,
     LOG_FACTOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    """``THREE``: as in ``_pool_kernel``, without halo and local rows."""
     shift: tl.constexpr = 1 if WRITTEN else 0
     block = tl.program_id(0) % blocks
-    bh = (tl.program_id(0) // blocks).to(tl.int64)
-    b, h = bh // heads, bh % heads
-    inverse_map += (b * groups + h // (heads // groups)) * num_entries
+    program = (tl.program_id(0) // blocks).to(tl.int64)
+    lanes = heads
+    if THREE:
+        lanes = heads + 2 * groups
+    b, lane = program // lanes, program % lanes
+    h, group, out_heads = lane, lane // (heads // groups), heads
+    if THREE:
+        h = _of_three(lane, heads, groups, lane, lane - heads, lane - heads - groups)
+        group = tl.where(lane < heads, group, h)
+        out_heads = _of_three(lane, heads, groups, heads, groups, groups)
+        rows = _of_three(lane, heads, groups, rows, rows_2, rows_3)
+        out = _of_three(lane, heads, groups, out, out_2, out_3)
+        stride_b = _of_three(lane, heads, groups, stride_b, stride_b_2, stride_b_3)
+        stride_h = _of_three(lane, heads, groups, stride_h, stride_h_2, stride_h_3)
+        stride_s = _of_three(lane, heads, groups, stride_s, stride_s_2, stride_s_3)
+    inverse_map += (b * groups + group) * num_entries
     rows += b * stride_b + h * stride_h
-    halo += bh * (NUM_LEVELS - 1) * head_dim
+    halo += program * (NUM_LEVELS - 1) * head_dim
     position = block * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = position < seq_len
     columns = tl.arange(0, BLOCK_D)
@@ -231,12 +308,14 @@ def _spread_kernel(
             taken += tl.where((inside & (index < 0))[:, None], halo_row[None, :], 0.0)
         total += taken
         inverse_map += seq_len >> (LOG_FACTOR * level)
-    at = out + b * out_stride_b + h * out_stride_h + position.to(tl.int64)[:, None] * out_stride_n + columns[None, :]
+    # Stored as [B, N, H, D].
+    out += (b * seq_len * out_heads + h) * head_dim
+    at = out + position.to(tl.int64)[:, None] * (out_heads * head_dim) + columns[None, :]
     tl.store(at, total, mask=inside[:, None] & in_row)
 
 
 def _spread(
-    rows: Tensor,
+    tensors: tuple[Tensor, ...],
     inverse_map: Tensor,
     seq_len: int,
     num_levels: int,
@@ -245,107 +324,158 @@ def _spread(
     written: bool,
     halo: Tensor | None = None,
     local: Tensor | None = None,
-) -> Tensor:
-    """[B, H, S, D] to [B, H, N, D], stored as [B, N, H, D], which is how attention modules go on."""
-    rows, inverse_map = with_contiguous_rows(rows), inverse_map.contiguous()
-    batch, heads, _, head_dim = rows.shape
-    out = _empty_long(rows, seq_len)
+) -> tuple[Tensor, ...]:
+    """[B, H, S, D] to [B, H, N, D], stored as [B, N, H, D], which is how attention modules go on: of one tensor, or of
+    query, key and value in one launch."""
+    sources, inverse_map = tuple(map(with_contiguous_rows, tensors)), inverse_map.contiguous()
+    batch, heads, _, head_dim = sources[0].shape
+    outs = tuple(_empty_long(x, seq_len) for x in sources)
     # Tensors that are not there are not read: any other takes their place.
-    halo_rows = rows if halo is None else halo.contiguous()
-    local_rows = rows if local is None else with_contiguous_rows(local)
+    halo_rows = sources[0] if halo is None else halo.contiguous()
+    local_rows = sources[0] if local is None else with_contiguous_rows(local)
     block_d = padded(head_dim)
     block_n = 4 * BLOCK_SIZE // block_d
-    blocks = triton.cdiv(seq_len, block_n)
-    _spread_kernel[(blocks * batch * heads,)](
-        rows, inverse_map, halo_rows, local_rows, out,
-        *rows.stride()[:3], *local_rows.stride()[:3], *out.stride()[:3],
-        seq_len, blocks, heads, inverse_map.shape[1], head_dim, inverse_map.shape[2],
-        NUM_LEVELS=num_levels, WRITTEN=written, HAS_HALO=halo is not None, HAS_LOCAL=local is not None,
-        LOG_FACTOR=log2(pooling_factor),
-        BLOCK_N=block_n, BLOCK_D=block_d, ACC=accumulator(rows.dtype),
+    blocks = -(-seq_len // block_n)
+    launch(
+        _spread_kernel, blocks * batch * sum(x.shape[1] for x in sources),
+        (*_three(sources), inverse_map, halo_rows, local_rows, *_three(outs)),
+        (
+            *(stride for x in (*_three(sources), local_rows) for stride in x.stride()[:3]),
+            seq_len, blocks, heads, inverse_map.shape[1], head_dim, inverse_map.shape[2],
+        ),
+        THREE=len(sources) == 3, NUM_LEVELS=num_levels, WRITTEN=written,
+        HAS_HALO=halo is not None, HAS_LOCAL=local is not None,
+        LOG_FACTOR=log2(pooling_factor), BLOCK_N=block_n, BLOCK_D=block_d, ACC=accumulator(outs[0].dtype),
     )  # fmt: skip
-    return out
+    return outs
 
 
 def _empty_long(rows: Tensor, seq_len: int) -> Tensor:
     batch, heads, _, head_dim = rows.shape
-    return rows.new_empty(batch, seq_len, heads, head_dim).transpose(1, 2)
+    return rows.new_empty((batch, seq_len, heads, head_dim)).transpose(1, 2)
 
 
-@torch.library.custom_op("lighthouse::gather", mutates_args=())
-def gather(rows: Tensor, entry: Tensor, inverse_map: Tensor, num_levels: int, pooling_factor: int) -> Tensor:
+def _gather(rows: Tensor, entry: Tensor, inverse_map: Tensor, num_levels: int, pooling_factor: int) -> Tensor:
     """``lighthouse.gather_scatter.gather``; the result is contiguous."""
-    return _pool(rows, inverse_map, entry.shape[-1], num_levels, pooling_factor, written=False)
+    return _pool((rows,), inverse_map, entry.shape[-1], num_levels, pooling_factor, written=False)[0]
 
 
-@gather.register_fake
-def _(rows: Tensor, entry: Tensor, inverse_map: Tensor, num_levels: int, pooling_factor: int) -> Tensor:
+def _fake_gather(rows: Tensor, entry: Tensor, *_: Any) -> Tensor:
     return _empty_short(rows, entry.shape[-1])
 
 
-@torch.library.custom_op("lighthouse::gather_backward", mutates_args=())
-def gather_backward(grad: Tensor, inverse_map: Tensor, seq_len: int, num_levels: int, pooling_factor: int) -> Tensor:
+def _setup_gather(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Of ``gather`` and of ``gather_three``."""
+    rows, *_, inverse_map, num_levels, pooling_factor = inputs
+    ctx.save_for_backward(inverse_map)
+    ctx.shape = rows.shape[2], num_levels, pooling_factor
+
+
+def _differentiate_gather(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (inverse_map,) = ctx.saved_tensors
+    return gather_backward(grad, inverse_map, *ctx.shape), None, None, None, None
+
+
+def _gather_three(
+    query: Tensor, key: Tensor, value: Tensor, entry: Tensor, inverse_map: Tensor, num_levels: int,
+    pooling_factor: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """``gather`` of query [B, H, N, D], key and value [B, G, N, D]."""
+    short = _pool((query, key, value), inverse_map, entry.shape[-1], num_levels, pooling_factor, written=False)
+    return short[0], short[1], short[2]
+
+
+def _fake_gather_three(
+    query: Tensor, key: Tensor, value: Tensor, entry: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    selected = entry.shape[-1]
+    return _empty_short(query, selected), _empty_short(key, selected), _empty_short(value, selected)
+
+
+def _differentiate_gather_three(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    (inverse_map,) = ctx.saved_tensors
+    return *gather_three_backward(*grads, inverse_map, *ctx.shape), None, None, None, None
+
+
+def _gather_backward(grad: Tensor, inverse_map: Tensor, seq_len: int, num_levels: int, pooling_factor: int) -> Tensor:
     """``lighthouse.gather_scatter.gather_backward``; the result is stored as [B, N, H, D]."""
-    return _spread(grad, inverse_map, seq_len, num_levels, pooling_factor, written=False)
+    return _spread((grad,), inverse_map, seq_len, num_levels, pooling_factor, written=False)[0]
 
 
-@gather_backward.register_fake
-def _(grad: Tensor, inverse_map: Tensor, seq_len: int, num_levels: int, pooling_factor: int) -> Tensor:
+def _fake_gather_backward(grad: Tensor, inverse_map: Tensor, seq_len: int, *_: int) -> Tensor:
     return _empty_long(grad, seq_len)
 
 
-@torch.library.custom_op("lighthouse::scatter", mutates_args=())
+def _gather_three_backward(
+    query_grad: Tensor, key_grad: Tensor, value_grad: Tensor, inverse_map: Tensor, seq_len: int, num_levels: int,
+    pooling_factor: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """``gather_backward`` of the three gradients."""
+    grads = (query_grad, key_grad, value_grad)
+    long = _spread(grads, inverse_map, seq_len, num_levels, pooling_factor, written=False)
+    return long[0], long[1], long[2]
+
+
+def _fake_gather_three_backward(
+    query_grad: Tensor, key_grad: Tensor, value_grad: Tensor, inverse_map: Tensor, seq_len: int, *_: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_long(query_grad, seq_len), _empty_long(key_grad, seq_len), _empty_long(value_grad, seq_len)
+
+
+def _scatter(
+    rows: Tensor, inverse_map: Tensor, seq_len: int, num_levels: int, pooling_factor: int, halo: Tensor | None,
+    local: Tensor | None,
+) -> Tensor:  # fmt: skip
+    return _spread((rows,), inverse_map, seq_len, num_levels, pooling_factor, written=True, halo=halo, local=local)[0]
+
+
+def _fake_scatter(rows: Tensor, inverse_map: Tensor, seq_len: int, *_: Any) -> Tensor:
+    return _empty_long(rows, seq_len)
+
+
+def _setup_scatter(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    rows, inverse_map, _, num_levels, pooling_factor, halo, local = inputs
+    ctx.save_for_backward(inverse_map)
+    ctx.selected, ctx.shape = rows.shape[2], (num_levels, pooling_factor)
+    ctx.has_halo, ctx.has_local = halo is not None, local is not None
+
+
+def _differentiate_scatter(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (inverse_map,) = ctx.saved_tensors
+    rows_grad = _SCATTER_BACKWARD(grad, inverse_map, ctx.selected, *ctx.shape)
+    halo_grad = halo_backward(grad, *ctx.shape) if ctx.has_halo else None
+    local_grad = where_missing(grad, inverse_map) if ctx.has_local else None
+    return rows_grad, None, None, None, None, halo_grad, local_grad
+
+
+def _scatter_backward(grad: Tensor, inverse_map: Tensor, selected: int, num_levels: int, pooling_factor: int) -> Tensor:
+    return _pool((grad,), inverse_map, selected, num_levels, pooling_factor, written=True)[0]
+
+
+def _fake_scatter_backward(grad: Tensor, inverse_map: Tensor, selected: int, *_: int) -> Tensor:
+    return _empty_short(grad, selected)
+
+
+gather = operator(_gather, _fake_gather, setup_context=_setup_gather, backward=_differentiate_gather)
+gather_backward = operator(_gather_backward, _fake_gather_backward)
+gather_three = operator(
+    _gather_three, _fake_gather_three, setup_context=_setup_gather, backward=_differentiate_gather_three
+)
+gather_three_backward = operator(_gather_three_backward, _fake_gather_three_backward)
+_SCATTER = operator(_scatter, _fake_scatter, setup_context=_setup_scatter, backward=_differentiate_scatter)
+_SCATTER_BACKWARD = operator(_scatter_backward, _fake_scatter_backward)
+
+
 def scatter(
     rows: Tensor, entry: Tensor, inverse_map: Tensor, seq_len: int, num_levels: int, pooling_factor: int,
     halo: Tensor | None = None, local: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """``lighthouse.gather_scatter.scatter``; the result is stored as [B, N, H, D]."""
-    return _spread(rows, inverse_map, seq_len, num_levels, pooling_factor, written=True, halo=halo, local=local)
+    scattered: Tensor = _SCATTER(rows, inverse_map, seq_len, num_levels, pooling_factor, halo, local)
+    return scattered
 
 
-@scatter.register_fake
-def _(
-    rows: Tensor, entry: Tensor, inverse_map: Tensor, seq_len: int, num_levels: int, pooling_factor: int,
-    halo: Tensor | None = None, local: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    return _empty_long(rows, seq_len)
-
-
-@torch.library.custom_op("lighthouse::scatter_backward", mutates_args=())
 def scatter_backward(grad: Tensor, entry: Tensor, inverse_map: Tensor, num_levels: int, pooling_factor: int) -> Tensor:
     """``lighthouse.gather_scatter.scatter_backward``; the result is contiguous."""
-    return _pool(grad, inverse_map, entry.shape[-1], num_levels, pooling_factor, written=True)
-
-
-@scatter_backward.register_fake
-def _(grad: Tensor, entry: Tensor, inverse_map: Tensor, num_levels: int, pooling_factor: int) -> Tensor:
-    return _empty_short(grad, entry.shape[-1])
-
-
-def _setup_gather(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    rows, _, inverse_map, *ctx.shape = inputs
-    ctx.save_for_backward(inverse_map)
-    ctx.seq_len = rows.shape[2]
-
-
-def _differentiate_gather(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    (inverse_map,) = ctx.saved_tensors
-    return gather_backward(grad, inverse_map, ctx.seq_len, *ctx.shape), None, None, None, None
-
-
-def _setup_scatter(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, entry, inverse_map, _, *ctx.shape, halo, local = inputs
-    ctx.save_for_backward(entry, inverse_map)
-    ctx.has_halo, ctx.has_local = halo is not None, local is not None
-
-
-def _differentiate_scatter(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    entry, inverse_map = ctx.saved_tensors
-    rows_grad = scatter_backward(grad, entry, inverse_map, *ctx.shape)
-    halo_grad = halo_backward(grad, *ctx.shape) if ctx.has_halo else None
-    local_grad = where_missing(grad, inverse_map) if ctx.has_local else None
-    return rows_grad, None, None, None, None, None, halo_grad, local_grad
-
-
-gather.register_autograd(_differentiate_gather, setup_context=_setup_gather)
-scatter.register_autograd(_differentiate_scatter, setup_context=_setup_scatter)
+    summed: Tensor = _SCATTER_BACKWARD(grad, inverse_map, entry.shape[-1], num_levels, pooling_factor)
+    return summed

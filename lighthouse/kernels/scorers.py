@@ -2,14 +2,15 @@
 
 Specification: ``lighthouse.scorers.norm_scores``, then one level of ``lighthouse.pyramid.pool_scores``. The scores of
 level 0 itself are never needed: all of its candidates are selected.
+
+The same pass fills the inverse map with −1, into which ``lighthouse.kernels.selection`` writes slots: a launch less.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lighthouse.kernels.common import accumulator, padded, with_contiguous_rows
+from lighthouse.kernels.common import accumulator, launch, padded, with_contiguous_rows
 from lighthouse.pyramid import accumulation_dtype
 
 #: The fewest rows of a block.
@@ -25,10 +26,10 @@ def _squared_norms(x, rows, columns, stride_n, mask, ACC: tl.constexpr):
 
 @triton.jit
 def _norm_scores_kernel(
-    query, key, query_score, key_score,
+    query, key, query_score, key_score, inverse_map,
     query_stride_b, query_stride_h, query_stride_n,
     key_stride_b, key_stride_h, key_stride_n,
-    seq_len, blocks, groups, head_dim,
+    seq_len, blocks, groups, head_dim, num_entries,
     REPEATS: tl.constexpr, FACTOR: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -54,32 +55,29 @@ def _norm_scores_kernel(
     key_squared = tl.max(tl.reshape(key_squared, (BLOCK_N // FACTOR, FACTOR)), axis=1)
     tl.store(query_score + at, tl.sqrt(highest), mask=inside)
     tl.store(key_score + at, tl.sqrt(key_squared), mask=inside)
+    # The pyramid has fewer than twice as many entries as the sequence.
+    entries = block * 2 * BLOCK_N + tl.arange(0, 2 * BLOCK_N)
+    tl.store(inverse_map + bg * num_entries + entries, entries * 0 - 1, mask=entries < num_entries)
 
 
-@torch.library.custom_op("lighthouse::norm_scores", mutates_args=())
-def norm_scores(query: Tensor, key: Tensor, pooling_factor: int) -> tuple[Tensor, Tensor]:
-    """[B, H, N, D] and [B, G, N, D] to the query and key scores of level 1, twice [B, G, N/p], float32 or float64."""
+def norm_scores(query: Tensor, key: Tensor, pooling_factor: int, inverse_map: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, H, N, D] and [B, G, N, D] to the query and key scores of level 1, twice [B, G, N/p], float32 or float64.
+
+    Args:
+        inverse_map: [B, G, E] int32, contiguous; filled with −1.
+    """
     query, key = with_contiguous_rows(query), with_contiguous_rows(key)
     batch, heads, seq_len, head_dim = query.shape
     groups = key.shape[1]
-    query_score, key_score = (_empty_scores(key, pooling_factor) for _ in range(2))
+    dtype = accumulation_dtype(key.dtype)
+    query_score, key_score = key.new_empty(2, batch, groups, seq_len // pooling_factor, dtype=dtype).unbind()
     block_n = max(FEWEST_ROWS, pooling_factor)
-    blocks = triton.cdiv(seq_len, block_n)
-    _norm_scores_kernel[(blocks * batch * groups,)](
-        query, key, query_score, key_score,
-        *query.stride()[:3], *key.stride()[:3],
-        seq_len, blocks, groups, head_dim,
+    blocks = -(-seq_len // block_n)
+    launch(
+        _norm_scores_kernel, blocks * batch * groups,
+        (query, key, query_score, key_score, inverse_map),
+        (*query.stride()[:3], *key.stride()[:3], seq_len, blocks, groups, head_dim, inverse_map.shape[-1]),
         REPEATS=heads // groups, FACTOR=pooling_factor,
         BLOCK_N=block_n, BLOCK_D=padded(head_dim), ACC=accumulator(query.dtype),
     )  # fmt: skip
     return query_score, key_score
-
-
-def _empty_scores(key: Tensor, pooling_factor: int) -> Tensor:
-    batch, groups, seq_len, _ = key.shape
-    return key.new_empty(batch, groups, seq_len // pooling_factor, dtype=accumulation_dtype(key.dtype))
-
-
-@norm_scores.register_fake
-def _(query: Tensor, key: Tensor, pooling_factor: int) -> tuple[Tensor, Tensor]:
-    return _empty_scores(key, pooling_factor), _empty_scores(key, pooling_factor)

@@ -16,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lighthouse.config import PARENTS_PER_TILE
-from lighthouse.kernels.common import log2, padded
-from lighthouse.pyramid import level_lengths, level_offsets
+from lighthouse.kernels.common import launch, log2, operator, padded
+from lighthouse.kernels.scorers import norm_scores
+from lighthouse.pyramid import level_offsets
 
 _M = tl.constexpr(PARENTS_PER_TILE)
 _LOG_M = tl.constexpr(log2(PARENTS_PER_TILE))
@@ -91,27 +92,32 @@ def _chosen_causally(
 
 
 @triton.jit
-def _window_max(score, index, valid, width, BITS: tl.constexpr):
-    """The highest score of each window of ``width`` level-1 entries, as integers; −1 where not valid."""
-    best = tl.load(score + index * width, mask=valid, other=0.0)
+def _window_max(score, index, valid, width, tile_start, coarsest_width, BITS: tl.constexpr, DELAYED: tl.constexpr):
+    """The highest score of each window of ``width`` level-1 entries, as integers; −1 where not valid.
+
+    ``DELAYED``: of the window one coarsest window earlier; the tile's first coarsest window scores 0."""
+    at = index * width
+    scored = valid
+    if DELAYED:
+        at -= coarsest_width
+        scored = valid & (at >= tile_start)
+    best = tl.load(score + at, mask=scored, other=0.0)
     for i in range(1, width):
-        best = tl.maximum(
-            best, tl.load(score + index * width + i, mask=valid, other=0.0), propagate_nan=tl.PropagateNan.ALL
-        )
+        best = tl.maximum(best, tl.load(score + at + i, mask=scored, other=0.0), propagate_nan=tl.PropagateNan.ALL)
     return tl.where(valid, best.to(BITS, bitcast=True), -1)
 
 
 @triton.jit
 def _pick(
-    query_score, key_score, index, place, count, width, parents, stored, cover_start,
-    BITS: tl.constexpr, NUM_BITS: tl.constexpr, INFINITY_BITS: tl.constexpr,
+    query_score, key_score, index, place, count, width, tile_start, coarsest_width, parents, stored, cover_start,
+    BITS: tl.constexpr, NUM_BITS: tl.constexpr, INFINITY_BITS: tl.constexpr, DELAYED: tl.constexpr,
     CAUSAL: tl.constexpr, NUM_CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     """Store the m parents among the first ``count`` candidates ``index``, both ascending. ``cover_start``: window 0 is
     one of them."""
     valid = place < count
-    query_bits = _window_max(query_score, index, valid, width, BITS)
-    key_bits = _window_max(key_score, index, valid, width, BITS)
+    query_bits = _window_max(query_score, index, valid, width, tile_start, coarsest_width, BITS, DELAYED)
+    key_bits = _window_max(key_score, index, valid, width, tile_start, coarsest_width, BITS, DELAYED)
     is_start = (index == 0) & valid & cover_start
     query_bits = tl.where(is_start, tl.maximum(query_bits, INFINITY_BITS), query_bits)
     if CAUSAL:
@@ -129,7 +135,7 @@ def _pick_parents_kernel(
     query_score, key_score, parents, stored, groups, tiles, per_tile, length, starts_every,
     NUM_LEVELS: tl.constexpr, FACTOR: tl.constexpr, LOG_FACTOR: tl.constexpr, COARSEST: tl.constexpr,
     BITS: tl.constexpr, NUM_BITS: tl.constexpr, INFINITY_BITS: tl.constexpr,
-    CAUSAL: tl.constexpr, ROOM: tl.constexpr,
+    DELAYED: tl.constexpr, CAUSAL: tl.constexpr, ROOM: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0) % tiles
     bg = (tl.program_id(0) // tiles).to(tl.int64)
@@ -140,10 +146,11 @@ def _pick_parents_kernel(
     stored += (bg * tiles + tile) * ROOM
 
     place = tl.arange(0, COARSEST)
-    width = 1 << (LOG_FACTOR * (NUM_LEVELS - 2))
+    coarsest_width = 1 << (LOG_FACTOR * (NUM_LEVELS - 2))
+    tile_start = tile * per_tile * coarsest_width
     _pick(
-        query_score, key_score, tile * per_tile + place, place, per_tile, width, parents + (NUM_LEVELS - 2) * _M,
-        stored, cover_start, BITS, NUM_BITS, INFINITY_BITS, CAUSAL, COARSEST,
+        query_score, key_score, tile * per_tile + place, place, per_tile, coarsest_width, tile_start, coarsest_width,
+        parents + (NUM_LEVELS - 2) * _M, stored, cover_start, BITS, NUM_BITS, INFINITY_BITS, DELAYED, CAUSAL, COARSEST,
     )  # fmt: skip
     for step in tl.static_range(1, NUM_LEVELS - 1):
         # The list of the level above is stored by all threads and read by all.
@@ -152,52 +159,43 @@ def _pick_parents_kernel(
         children = tl.reshape((above * FACTOR)[:, None] + tl.arange(0, FACTOR)[None, :], (_M * FACTOR,))
         width = 1 << (LOG_FACTOR * (NUM_LEVELS - 2 - step))
         _pick(
-            query_score, key_score, children, tl.arange(0, _M * FACTOR), _M * FACTOR, width,
+            query_score, key_score, children, tl.arange(0, _M * FACTOR), _M * FACTOR, width, tile_start, coarsest_width,
             parents + (NUM_LEVELS - 2 - step) * _M, stored, cover_start, BITS, NUM_BITS, INFINITY_BITS,
-            CAUSAL, _M * FACTOR,
+            DELAYED, CAUSAL, _M * FACTOR,
         )  # fmt: skip
 
 
-@torch.library.custom_op("lighthouse::pick_parents", mutates_args=())
 def pick_parents(
     query_score: Tensor, key_score: Tensor, num_levels: int, pooling_factor: int, num_tiles: int, starts_every: int,
-    causal: bool,
+    delayed: bool, causal: bool,
 ) -> Tensor:  # fmt: skip
     """Scores of level 1, [B, G, N/p], to the parents of every level above 0: [B, G, T, L−1, m] int32, ascending.
 
     ``starts_every``: as in ``lighthouse.select``, and 0 where ``cover_start`` is off (docs/method.md, section 10.1).
-    ``causal``: compare a window with earlier ones only (docs/method.md, section 10.2).
+    ``delayed``: score a window by an earlier one; ``causal``: compare it with earlier ones only (docs/method.md,
+    section 10.2).
     """
-    parents = _empty_parents(query_score, num_levels, num_tiles)
+    query_score, key_score = query_score.contiguous(), key_score.contiguous()
     batch, groups, length = query_score.shape
+    parents = query_score.new_empty((batch, groups, num_tiles, num_levels - 1, PARENTS_PER_TILE), dtype=torch.int32)
     per_tile = length // pooling_factor ** (num_levels - 2) // num_tiles
     double = query_score.dtype == torch.float64
-    infinity = 0x7FF0000000000000 if double else 0x7F800000
     coarsest = padded(per_tile)
     room = max(coarsest, PARENTS_PER_TILE * pooling_factor) if causal else 0
-    stored = parents.new_empty(batch * groups * num_tiles * room, dtype=torch.int64 if double else torch.int32)
-    _pick_parents_kernel[(batch * groups * num_tiles,)](
-        query_score.contiguous(), key_score.contiguous(), parents, stored, groups, num_tiles, per_tile, length,
-        starts_every,
+    programs = batch * groups * num_tiles
+    stored = parents
+    if causal:
+        stored = parents.new_empty(programs * room, dtype=torch.int64 if double else torch.int32)
+    launch(
+        _pick_parents_kernel, programs,
+        (query_score, key_score, parents, stored),
+        (groups, num_tiles, per_tile, length, starts_every),
         NUM_LEVELS=num_levels, FACTOR=pooling_factor, LOG_FACTOR=log2(pooling_factor), COARSEST=coarsest,
         BITS=tl.int64 if double else tl.int32, NUM_BITS=63 if double else 31,
-        INFINITY_BITS=infinity, CAUSAL=causal, ROOM=room,
+        INFINITY_BITS=0x7FF0000000000000 if double else 0x7F800000, DELAYED=delayed, CAUSAL=causal, ROOM=room,
         num_warps=min(32, max(8 if causal else 4, coarsest // 256)),
     )  # fmt: skip
     return parents
-
-
-def _empty_parents(score: Tensor, num_levels: int, num_tiles: int) -> Tensor:
-    batch, groups, _ = score.shape
-    return score.new_empty(batch, groups, num_tiles, num_levels - 1, PARENTS_PER_TILE, dtype=torch.int32)
-
-
-@pick_parents.register_fake
-def _(
-    query_score: Tensor, key_score: Tensor, num_levels: int, pooling_factor: int, num_tiles: int, starts_every: int,
-    causal: bool,
-) -> Tensor:  # fmt: skip
-    return _empty_parents(query_score, num_levels, num_tiles)
 
 
 @triton.jit
@@ -259,39 +257,81 @@ def _order_kernel(
     tl.store(entry_out + to, offset + index, mask=inside)
 
 
-@torch.library.custom_op("lighthouse::order_entries", mutates_args=())
 def order_entries(
-    parents: Tensor, seq_len: int, num_levels: int, pooling_factor: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Parents, [B, G, T, L−1, m], to the fields of ``lighthouse.Selection``: level, index, entry and inverse_map."""
-    level, index, entry, inverse_map = _empty_selection(parents, seq_len, num_levels, pooling_factor)
-    inverse_map.fill_(-1)
+    parents: Tensor, inverse_map: Tensor, seq_len: int, num_levels: int, pooling_factor: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Parents, [B, G, T, L−1, m], to the fields of ``lighthouse.Selection``: level, index and entry.
+
+    Args:
+        inverse_map: [B, G, E] int32, contiguous, −1 everywhere; selected entries get their slots.
+    """
     batch, groups, tiles = parents.shape[:3]
-    per_tile = level_lengths(seq_len, num_levels, pooling_factor)[-1] // tiles
-    blocks = triton.cdiv(max(per_tile, PARENTS_PER_TILE * pooling_factor), BLOCK_ENTRIES)
-    _order_kernel[(blocks * tiles * batch * groups, num_levels)](
-        parents.contiguous(), level, index, entry, inverse_map,
-        seq_len, blocks, tiles, per_tile, entry.shape[-1], inverse_map.shape[-1],
+    per_tile = seq_len // pooling_factor ** (num_levels - 1) // tiles
+    selected = tiles * (per_tile + (num_levels - 1) * pooling_factor * PARENTS_PER_TILE)
+    level = parents.new_empty((batch, groups, selected), dtype=torch.int8)
+    index, entry = (parents.new_empty((batch, groups, selected)) for _ in range(2))
+    blocks = -(-max(per_tile, PARENTS_PER_TILE * pooling_factor) // BLOCK_ENTRIES)
+    launch(
+        _order_kernel, blocks * tiles * batch * groups,
+        (parents, level, index, entry, inverse_map),
+        (seq_len, blocks, tiles, per_tile, selected, inverse_map.shape[-1]),
         NUM_LEVELS=num_levels, FACTOR=pooling_factor, LOG_FACTOR=log2(pooling_factor), BLOCK_ENTRIES=BLOCK_ENTRIES,
+        across=num_levels,
     )  # fmt: skip
-    return level, index, entry, inverse_map
+    return level, index, entry
+
+
+def _select_by_norms(
+    query: Tensor, key: Tensor, num_levels: int, pooling_factor: int, num_tiles: int, starts_every: int,
+    delayed: bool, causal: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Queries [B, H, N, D] and keys [B, G, N, D], scored by their norms, to level, index, entry and inverse_map."""
+    seq_len = key.shape[2]
+    inverse_map = _empty_map(key, seq_len, num_levels, pooling_factor)
+    scores = norm_scores(query, key, pooling_factor, inverse_map)
+    parents = pick_parents(*scores, num_levels, pooling_factor, num_tiles, starts_every, delayed, causal)
+    return *order_entries(parents, inverse_map, seq_len, num_levels, pooling_factor), inverse_map
+
+
+def _select_by_scores(
+    query_score: Tensor, key_score: Tensor, num_levels: int, pooling_factor: int, num_tiles: int, starts_every: int,
+    delayed: bool, causal: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Scores of level 1, [B, G, N/p], to level, index, entry and inverse_map."""
+    seq_len = key_score.shape[2] * pooling_factor
+    inverse_map = _empty_map(key_score, seq_len, num_levels, pooling_factor).fill_(-1)
+    parents = pick_parents(query_score, key_score, num_levels, pooling_factor, num_tiles, starts_every, delayed, causal)
+    return *order_entries(parents, inverse_map, seq_len, num_levels, pooling_factor), inverse_map
+
+
+def _empty_map(like: Tensor, seq_len: int, num_levels: int, pooling_factor: int) -> Tensor:
+    entries = level_offsets(seq_len, num_levels, pooling_factor)[-1]
+    return like.new_empty((*like.shape[:2], entries), dtype=torch.int32)
 
 
 def _empty_selection(
-    parents: Tensor, seq_len: int, num_levels: int, pooling_factor: int
+    like: Tensor, seq_len: int, num_levels: int, pooling_factor: int, num_tiles: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, groups, tiles = parents.shape[:3]
-    coarsest = level_lengths(seq_len, num_levels, pooling_factor)[-1]
-    selected = coarsest + (num_levels - 1) * pooling_factor * tiles * PARENTS_PER_TILE
-    entries = level_offsets(seq_len, num_levels, pooling_factor)[-1]
-    return (
-        parents.new_empty(batch, groups, selected, dtype=torch.int8),
-        parents.new_empty(batch, groups, selected, dtype=torch.int32),
-        parents.new_empty(batch, groups, selected, dtype=torch.int32),
-        parents.new_empty(batch, groups, entries, dtype=torch.int32),
+    selected = seq_len // pooling_factor ** (num_levels - 1)
+    selected += (num_levels - 1) * pooling_factor * num_tiles * PARENTS_PER_TILE
+    level, index, entry = (
+        like.new_empty((*like.shape[:2], selected), dtype=dtype) for dtype in (torch.int8, torch.int32, torch.int32)
     )
+    return level, index, entry, _empty_map(like, seq_len, num_levels, pooling_factor)
 
 
-@order_entries.register_fake
-def _(parents: Tensor, seq_len: int, num_levels: int, pooling_factor: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _empty_selection(parents, seq_len, num_levels, pooling_factor)
+def _fake_by_norms(
+    query: Tensor, key: Tensor, num_levels: int, pooling_factor: int, num_tiles: int, *_: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _empty_selection(key, key.shape[2], num_levels, pooling_factor, num_tiles)
+
+
+def _fake_by_scores(
+    query_score: Tensor, key_score: Tensor, num_levels: int, pooling_factor: int, num_tiles: int, *_: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    seq_len = key_score.shape[2] * pooling_factor
+    return _empty_selection(key_score, seq_len, num_levels, pooling_factor, num_tiles)
+
+
+select_by_norms = operator(_select_by_norms, _fake_by_norms)
+select_by_scores = operator(_select_by_scores, _fake_by_scores)

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from helpers.cases import make, random_rows
 from lighthouse import gather_scatter, kernels, lighthouse_attention, select
+from lighthouse.kernels.scorers import norm_scores as norm_scores_kernel
 from lighthouse.pyramid import level_lengths, pool_scores
 from lighthouse.scorers import norm_scores
 
@@ -73,6 +74,23 @@ def test_rows_move_as_in_plain_torch(geometry, dtype, head_dim):
         assert ((ours.double() - exact).abs() <= error_allowed(exact, magnitude, dtype)).all(), name
 
 
+@pytest.mark.parametrize(("heads", "groups"), [(2, 2), (4, 2), (3, 1)])
+def test_three_in_one_launch_are_as_one_by_one(heads, groups):
+    """Query, key and value, in memory each in its own way, to the bit, and so their gradients. p = 16: two passes."""
+    for geometry in ((1024, 3, 2, 128), (32768, 3, 16, 128)):
+        config, seq_len, entry, inverse_map = selection_of(geometry, groups, batch=1 if geometry[0] > 1024 else 2)
+        shape, selected = (config.num_levels, config.pooling_factor), entry.shape[-1]
+        wide = random_rows(len(entry), seq_len, heads + groups, 5, seed=2, device=DEVICE).transpose(1, 2)
+        rows = [wide[:, :heads], wide[:, heads:], random_rows(len(entry), groups, seq_len, 5, seed=3, device=DEVICE)]
+        leaves = [x.detach().requires_grad_() for x in rows]
+        grads = [random_rows(*x.shape[:2], selected, 5, seed=4 + i, device=DEVICE) for i, x in enumerate(rows)]
+        together = kernels.gather_three(*leaves, entry, inverse_map, *shape)
+        long_grads = torch.autograd.grad(together, leaves, grads)
+        for x, short, grad, long_grad in zip(rows, together, grads, long_grads, strict=True):
+            assert torch.equal(short, kernels.gather(x, entry, inverse_map, *shape))
+            assert torch.equal(long_grad, kernels.gather_backward(grad, inverse_map, seq_len, *shape))
+
+
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_every_backward_is_the_transpose_of_its_forward(geometry):
     """⟨gather(x), y⟩ = ⟨x, gather_backward(y)⟩ in float64, and so for scatter."""
@@ -102,8 +120,10 @@ def test_scores(pooling_factor, dtype, head_dim):
     exact = norm_scores(query.double(), key.double(), None, config)
     # A sum of head_dim squares and a root in float32.
     rtol = head_dim * (2**-53 if dtype == torch.float64 else 2**-24)
-    for ours, want in zip(kernels.norm_scores(query, key, pooling_factor), exact, strict=True):
+    inverse_map = torch.zeros(2, 2, 1024 + 1024 // pooling_factor, dtype=torch.int32, device=DEVICE)
+    for ours, want in zip(norm_scores_kernel(query, key, pooling_factor, inverse_map), exact, strict=True):
         torch.testing.assert_close(ours.double(), pool_scores(want, 2, pooling_factor)[1], rtol=rtol, atol=0)
+    assert (inverse_map == -1).all()
 
 
 def test_a_very_wide_tile_still_finds_its_parents():
@@ -123,21 +143,20 @@ def test_operators_are_registered_properly():
     query = random_rows(1, seq_len, 2, 8, device=DEVICE).transpose(1, 2)
     key = random_rows(1, seq_len, 1, 8, seed=1, device=DEVICE).transpose(1, 2)
     short = random_rows(1, 2, entry.shape[-1], 8, device=DEVICE)
-    scores = kernels.norm_scores(query, key, config.pooling_factor)
-    parents = kernels.pick_parents(*scores, *shape, config.num_tiles, 1, False)
+    leaves = [x.clone().requires_grad_() for x in (query, key, key)]
+    short_key = random_rows(1, 1, entry.shape[-1], 8, seed=1, device=DEVICE)
+    scores = random_rows(2, 1, 1, seq_len // 4, device=DEVICE).abs()
+    scatter = torch.ops.lighthouse.scatter.default
     for operator, arguments in (
-        (kernels.norm_scores, (query, key, config.pooling_factor)),
-        (kernels.pick_parents, (*scores, *shape, config.num_tiles, 1, False)),
-        (kernels.pick_parents, (*scores, *shape, config.num_tiles, 1, True)),
-        (kernels.order_entries, (parents, seq_len, *shape)),
-        (kernels.gather, (query.clone().requires_grad_(), entry, inverse_map, *shape)),
+        (kernels.select_by_norms, (query, key, *shape, config.num_tiles, 1, False, False)),
+        (kernels.select_by_scores, (*scores, *shape, config.num_tiles, 1, True, True)),
+        (kernels.gather, (leaves[0], entry, inverse_map, *shape)),
         (kernels.gather_backward, (short, inverse_map, seq_len, *shape)),
-        (kernels.scatter, (short.clone().requires_grad_(), entry, inverse_map, seq_len, *shape)),
-        (
-            kernels.scatter,
-            (short, entry, inverse_map, seq_len, *shape, None, query.clone().requires_grad_()),
-        ),
-        (kernels.scatter_backward, (query, entry, inverse_map, *shape)),
+        (kernels.gather_three, (*leaves, entry, inverse_map, *shape)),
+        (kernels.gather_three_backward, (short, short_key, short_key, inverse_map, seq_len, *shape)),
+        (scatter, (short.clone().requires_grad_(), inverse_map, seq_len, *shape, None, None)),
+        (scatter, (short, inverse_map, seq_len, *shape, None, leaves[0])),
+        (torch.ops.lighthouse.scatter_backward.default, (query, inverse_map, entry.shape[-1], *shape)),
     ):
         torch.library.opcheck(operator, arguments)
 
