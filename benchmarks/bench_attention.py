@@ -30,6 +30,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lighthouse import LighthouseConfig, kernels, lighthouse_attention, select
+from lighthouse.kernels.scorers import norm_scores
+from lighthouse.kernels.selection import order_entries, pick_parents
 from lighthouse.local_window import attend_locally
 
 HEADS, HEAD_DIM = 8, 128
@@ -155,12 +157,14 @@ def measure_layer(seq_len: int, config: LighthouseConfig, names: set[str]) -> li
 
 def measure_kernels(seq_len: int, config: LighthouseConfig) -> list[tuple[str, float, float, float]]:
     """(kernel, milliseconds, GB that it must move, GB/s of it)."""
-    (query, key, _), grad = rows_of(seq_len)
-    query, key = query.detach(), key.detach()
+    rows, grad = rows_of(seq_len)
+    query, key, value = (x.detach() for x in rows)
     num_levels, p, selected = config.num_levels, config.pooling_factor, config.selected_length(seq_len)
     chosen = select(query, key, config)
-    scores = kernels.norm_scores(query, key, p)
-    parents = kernels.pick_parents(*scores, num_levels, p, config.num_tiles, 1, False)
+    inverse_map = chosen.inverse_map.clone()
+    scores = norm_scores(query, key, p, inverse_map)
+    how = (num_levels, p, config.num_tiles, 1)
+    parents = pick_parents(*scores, *how, False, False)
     short = torch.randn(1, HEADS, selected, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
     long_bytes, short_bytes = (HEADS * n * HEAD_DIM * 2 / 1e9 for n in (seq_len, selected))
     map_bytes, entry_bytes = chosen.inverse_map.numel() * 4 / 1e9, chosen.entry.numel() * 9 / 1e9
@@ -168,22 +172,28 @@ def measure_kernels(seq_len: int, config: LighthouseConfig) -> list[tuple[str, f
     shape, maps = (num_levels, p), (chosen.entry, chosen.inverse_map)
     work: dict[str, tuple[Callable[[], object], float]] = {
         "copy of one tensor (the ceiling)": (lambda: grad.clone(), 2 * long_bytes),
-        "norm_scores": (lambda: kernels.norm_scores(query, key, p), 2 * long_bytes + score_bytes),
-        "pick_parents": (
-            lambda: kernels.pick_parents(*scores, *shape, config.num_tiles, 1, False),
-            score_bytes + parent_bytes,
-        ),
-        "pick_parents, causal": (
-            lambda: kernels.pick_parents(*scores, *shape, config.num_tiles, 1, True),
-            score_bytes + parent_bytes,
-        ),
+        "norm_scores": (lambda: norm_scores(query, key, p, inverse_map), 2 * long_bytes + score_bytes + map_bytes),
+        "pick_parents": (lambda: pick_parents(*scores, *how, False, False), score_bytes + parent_bytes),
+        "pick_parents, causal": (lambda: pick_parents(*scores, *how, True, True), score_bytes + parent_bytes),
         "order_entries": (
-            lambda: kernels.order_entries(parents, seq_len, *shape),
+            lambda: order_entries(parents, inverse_map, seq_len, *shape),
             parent_bytes + map_bytes + entry_bytes,
+        ),
+        "select_by_norms, all of these": (
+            lambda: kernels.select_by_norms(query, key, *how, False, False),
+            2 * long_bytes + 2 * score_bytes + 2 * parent_bytes + 2 * map_bytes + entry_bytes,
         ),
         "gather": (
             lambda: kernels.gather(query, *maps, *shape),
             long_bytes + short_bytes + map_bytes,
+        ),
+        "gather_three": (
+            lambda: kernels.gather_three(query, key, value, *maps, *shape),
+            3 * (long_bytes + short_bytes + map_bytes),
+        ),
+        "gather_three_backward": (
+            lambda: kernels.gather_three_backward(short, short, short, chosen.inverse_map, seq_len, *shape),
+            3 * (long_bytes + short_bytes + map_bytes),
         ),
         "gather_backward": (
             lambda: kernels.gather_backward(short, chosen.inverse_map, seq_len, *shape),

@@ -7,15 +7,16 @@ same bits for the same inputs. Tensors may have any strides as long as rows are 
 Importing this package imports Triton: ``lighthouse.backend.load_kernels`` does it where kernels are used.
 """
 
-from lighthouse.kernels.gather_scatter import (
+from lighthouse.kernels.operators import (
     gather,
     gather_backward,
     gather_three,
     gather_three_backward,
     scatter,
     scatter_backward,
+    select_by_norms,
+    select_by_scores,
 )
-from lighthouse.kernels.selection import select_by_norms, select_by_scores
 
 #: What selective activation checkpointing should keep: the selection and the gathered rows. Both are small, and with
 #: them the backward needs neither scores nor query, key and value again.

@@ -88,15 +88,18 @@ def launch(
     about twice as long as the launch.
     """
     grid = (programs, across, 1)
-    key = (
-        id(kernel), tensors[0].device, num_warps, numbers, *constants.values(),
-        *[(x.dtype, x.data_ptr() % 16) for x in tensors],
-    )  # fmt: skip
+    unaligned = 0
+    for x in tensors:
+        unaligned |= x.data_ptr() % 16
+    dtypes = [x.dtype for x in tensors]
+    key = (id(kernel), tensors[0].device, unaligned, num_warps, numbers, *constants.values(), *dtypes)
     compiled = _COMPILED.get(key)
-    if compiled is None:  # always so in the interpreter, which compiles nothing
-        _COMPILED[key] = kernel[grid](*tensors, *numbers, **constants, num_warps=num_warps)
-    else:
+    if compiled is not None:
         compiled[grid](*tensors, *numbers, *constants.values())
+        return
+    compiled = kernel[grid](*tensors, *numbers, **constants, num_warps=num_warps)
+    if not unaligned:  # otherwise it matters which of the tensors is
+        _COMPILED[key] = compiled  # None in the interpreter, which compiles nothing
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:
@@ -105,6 +108,11 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
 
 def log2(power_of_two: int) -> int:
     return power_of_two.bit_length() - 1
+
+
+def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """``like.new_empty``, which takes the host twice as long."""
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
 
 
 def with_contiguous_rows(x: Tensor) -> Tensor:

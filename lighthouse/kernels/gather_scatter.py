@@ -1,11 +1,10 @@
-"""Gather, scatter and their backward operators.
+"""How rows move: two kernels for gather, scatter and their backwards.
 
 Specification: the functions of the same names in ``lighthouse.gather_scatter``.
 
-Two kernels serve all operators. ``_pool_kernel``, for ``gather`` and ``scatter_backward``, reduces windows of the
-sequence to the rows of the selected entries. ``_spread_kernel``, for ``scatter`` and ``gather_backward``, gives every
-position of the sequence the rows of the entries in whose windows it lies. ``gather_three`` and its backward treat
-query, key and value in one launch.
+``_pool_kernel``, for ``gather`` and ``scatter_backward``, reduces windows of the sequence to the rows of the selected
+entries. ``_spread_kernel``, for ``scatter`` and ``gather_backward``, gives every position of the sequence the rows of
+the entries in whose windows it lies. Both treat one tensor, or query, key and value in one launch.
 
 The flag ``WRITTEN`` says which window of an entry is meant: the one that it writes to, with weight 1, or the one that
 it covers, with weight 1/p^ℓ.
@@ -21,8 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lighthouse.gather_scatter import halo_backward, where_missing
-from lighthouse.kernels.common import accumulator, launch, log2, operator, padded, with_contiguous_rows
+from lighthouse.kernels.common import accumulator, empty, launch, log2, padded, with_contiguous_rows
 from lighthouse.pyramid import accumulation_dtype, level_lengths, level_offsets
 
 #: Elements of a block of rows: 16 bytes of bfloat16 for each of 128 threads.
@@ -211,7 +209,7 @@ def _passes(
     return passes
 
 
-def _pool(
+def pool(
     tensors: tuple[Tensor, ...], inverse_map: Tensor, selected: int, num_levels: int, pooling_factor: int,
     *, written: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
@@ -219,14 +217,14 @@ def _pool(
     sources, inverse_map = tuple(map(with_contiguous_rows, tensors)), inverse_map.contiguous()
     batch, heads, seq_len, head_dim = sources[0].shape
     lanes = sum(x.shape[1] for x in sources)
-    outs = tuple(_empty_short(x, selected) for x in sources)
+    outs = tuple(empty_short(x, selected) for x in sources)
     for number, (programs, reached, numbers, constants) in enumerate(passes := _passes(
         seq_len, batch, lanes, heads, inverse_map.shape[1], head_dim, selected, sources[0].dtype,
         num_levels, pooling_factor, written,
     )):  # fmt: skip
         coarse = outs[0]  # not written in the last pass
         if number < len(passes) - 1:
-            coarse = outs[0].new_empty((batch, lanes, reached, head_dim), dtype=accumulation_dtype(outs[0].dtype))
+            coarse = empty(outs[0], batch, lanes, reached, head_dim, dtype=accumulation_dtype(outs[0].dtype))
         launch(
             _pool_kernel, programs,
             (*_three(sources), inverse_map, *_three(outs), coarse),
@@ -244,9 +242,9 @@ def _three(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tensors if len(tensors) == 3 else tensors * 3
 
 
-def _empty_short(rows: Tensor, selected: int) -> Tensor:
+def empty_short(rows: Tensor, selected: int) -> Tensor:
     batch, heads, _, head_dim = rows.shape
-    return rows.new_empty((batch, heads, selected, head_dim))
+    return empty(rows, batch, heads, selected, head_dim)
 
 
 @triton.jit
@@ -314,7 +312,7 @@ def _spread_kernel(
     tl.store(at, total, mask=inside[:, None] & in_row)
 
 
-def _spread(
+def spread(
     tensors: tuple[Tensor, ...],
     inverse_map: Tensor,
     seq_len: int,
@@ -329,7 +327,7 @@ def _spread(
     query, key and value in one launch."""
     sources, inverse_map = tuple(map(with_contiguous_rows, tensors)), inverse_map.contiguous()
     batch, heads, _, head_dim = sources[0].shape
-    outs = tuple(_empty_long(x, seq_len) for x in sources)
+    outs = tuple(empty_long(x, seq_len) for x in sources)
     # Tensors that are not there are not read: any other takes their place.
     halo_rows = sources[0] if halo is None else halo.contiguous()
     local_rows = sources[0] if local is None else with_contiguous_rows(local)
@@ -350,132 +348,6 @@ def _spread(
     return outs
 
 
-def _empty_long(rows: Tensor, seq_len: int) -> Tensor:
+def empty_long(rows: Tensor, seq_len: int) -> Tensor:
     batch, heads, _, head_dim = rows.shape
-    return rows.new_empty((batch, seq_len, heads, head_dim)).transpose(1, 2)
-
-
-def _gather(rows: Tensor, entry: Tensor, inverse_map: Tensor, num_levels: int, pooling_factor: int) -> Tensor:
-    """``lighthouse.gather_scatter.gather``; the result is contiguous."""
-    return _pool((rows,), inverse_map, entry.shape[-1], num_levels, pooling_factor, written=False)[0]
-
-
-def _fake_gather(rows: Tensor, entry: Tensor, *_: Any) -> Tensor:
-    return _empty_short(rows, entry.shape[-1])
-
-
-def _setup_gather(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    """Of ``gather`` and of ``gather_three``."""
-    rows, *_, inverse_map, num_levels, pooling_factor = inputs
-    ctx.save_for_backward(inverse_map)
-    ctx.shape = rows.shape[2], num_levels, pooling_factor
-
-
-def _differentiate_gather(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    (inverse_map,) = ctx.saved_tensors
-    return gather_backward(grad, inverse_map, *ctx.shape), None, None, None, None
-
-
-def _gather_three(
-    query: Tensor, key: Tensor, value: Tensor, entry: Tensor, inverse_map: Tensor, num_levels: int,
-    pooling_factor: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """``gather`` of query [B, H, N, D], key and value [B, G, N, D]."""
-    short = _pool((query, key, value), inverse_map, entry.shape[-1], num_levels, pooling_factor, written=False)
-    return short[0], short[1], short[2]
-
-
-def _fake_gather_three(
-    query: Tensor, key: Tensor, value: Tensor, entry: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    selected = entry.shape[-1]
-    return _empty_short(query, selected), _empty_short(key, selected), _empty_short(value, selected)
-
-
-def _differentiate_gather_three(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    (inverse_map,) = ctx.saved_tensors
-    return *gather_three_backward(*grads, inverse_map, *ctx.shape), None, None, None, None
-
-
-def _gather_backward(grad: Tensor, inverse_map: Tensor, seq_len: int, num_levels: int, pooling_factor: int) -> Tensor:
-    """``lighthouse.gather_scatter.gather_backward``; the result is stored as [B, N, H, D]."""
-    return _spread((grad,), inverse_map, seq_len, num_levels, pooling_factor, written=False)[0]
-
-
-def _fake_gather_backward(grad: Tensor, inverse_map: Tensor, seq_len: int, *_: int) -> Tensor:
-    return _empty_long(grad, seq_len)
-
-
-def _gather_three_backward(
-    query_grad: Tensor, key_grad: Tensor, value_grad: Tensor, inverse_map: Tensor, seq_len: int, num_levels: int,
-    pooling_factor: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """``gather_backward`` of the three gradients."""
-    grads = (query_grad, key_grad, value_grad)
-    long = _spread(grads, inverse_map, seq_len, num_levels, pooling_factor, written=False)
-    return long[0], long[1], long[2]
-
-
-def _fake_gather_three_backward(
-    query_grad: Tensor, key_grad: Tensor, value_grad: Tensor, inverse_map: Tensor, seq_len: int, *_: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_long(query_grad, seq_len), _empty_long(key_grad, seq_len), _empty_long(value_grad, seq_len)
-
-
-def _scatter(
-    rows: Tensor, inverse_map: Tensor, seq_len: int, num_levels: int, pooling_factor: int, halo: Tensor | None,
-    local: Tensor | None,
-) -> Tensor:  # fmt: skip
-    return _spread((rows,), inverse_map, seq_len, num_levels, pooling_factor, written=True, halo=halo, local=local)[0]
-
-
-def _fake_scatter(rows: Tensor, inverse_map: Tensor, seq_len: int, *_: Any) -> Tensor:
-    return _empty_long(rows, seq_len)
-
-
-def _setup_scatter(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    rows, inverse_map, _, num_levels, pooling_factor, halo, local = inputs
-    ctx.save_for_backward(inverse_map)
-    ctx.selected, ctx.shape = rows.shape[2], (num_levels, pooling_factor)
-    ctx.has_halo, ctx.has_local = halo is not None, local is not None
-
-
-def _differentiate_scatter(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    (inverse_map,) = ctx.saved_tensors
-    rows_grad = _SCATTER_BACKWARD(grad, inverse_map, ctx.selected, *ctx.shape)
-    halo_grad = halo_backward(grad, *ctx.shape) if ctx.has_halo else None
-    local_grad = where_missing(grad, inverse_map) if ctx.has_local else None
-    return rows_grad, None, None, None, None, halo_grad, local_grad
-
-
-def _scatter_backward(grad: Tensor, inverse_map: Tensor, selected: int, num_levels: int, pooling_factor: int) -> Tensor:
-    return _pool((grad,), inverse_map, selected, num_levels, pooling_factor, written=True)[0]
-
-
-def _fake_scatter_backward(grad: Tensor, inverse_map: Tensor, selected: int, *_: int) -> Tensor:
-    return _empty_short(grad, selected)
-
-
-gather = operator(_gather, _fake_gather, setup_context=_setup_gather, backward=_differentiate_gather)
-gather_backward = operator(_gather_backward, _fake_gather_backward)
-gather_three = operator(
-    _gather_three, _fake_gather_three, setup_context=_setup_gather, backward=_differentiate_gather_three
-)
-gather_three_backward = operator(_gather_three_backward, _fake_gather_three_backward)
-_SCATTER = operator(_scatter, _fake_scatter, setup_context=_setup_scatter, backward=_differentiate_scatter)
-_SCATTER_BACKWARD = operator(_scatter_backward, _fake_scatter_backward)
-
-
-def scatter(
-    rows: Tensor, entry: Tensor, inverse_map: Tensor, seq_len: int, num_levels: int, pooling_factor: int,
-    halo: Tensor | None = None, local: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """``lighthouse.gather_scatter.scatter``; the result is stored as [B, N, H, D]."""
-    scattered: Tensor = _SCATTER(rows, inverse_map, seq_len, num_levels, pooling_factor, halo, local)
-    return scattered
-
-
-def scatter_backward(grad: Tensor, entry: Tensor, inverse_map: Tensor, num_levels: int, pooling_factor: int) -> Tensor:
-    """``lighthouse.gather_scatter.scatter_backward``; the result is contiguous."""
-    summed: Tensor = _SCATTER_BACKWARD(grad, inverse_map, entry.shape[-1], num_levels, pooling_factor)
-    return summed
+    return empty(rows, batch, seq_len, heads, head_dim).transpose(1, 2)

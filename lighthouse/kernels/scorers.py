@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lighthouse.kernels.common import accumulator, launch, padded, with_contiguous_rows
+from lighthouse.kernels.common import accumulator, empty, launch, padded, with_contiguous_rows
 from lighthouse.pyramid import accumulation_dtype
 
 #: The fewest rows of a block.
@@ -70,7 +70,7 @@ def norm_scores(query: Tensor, key: Tensor, pooling_factor: int, inverse_map: Te
     batch, heads, seq_len, head_dim = query.shape
     groups = key.shape[1]
     dtype = accumulation_dtype(key.dtype)
-    query_score, key_score = key.new_empty(2, batch, groups, seq_len // pooling_factor, dtype=dtype).unbind()
+    query_score, key_score = (empty(key, batch, groups, seq_len // pooling_factor, dtype=dtype) for _ in range(2))
     block_n = max(FEWEST_ROWS, pooling_factor)
     blocks = -(-seq_len // block_n)
     launch(

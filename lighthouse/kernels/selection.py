@@ -16,9 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lighthouse.config import PARENTS_PER_TILE
-from lighthouse.kernels.common import launch, log2, operator, padded
-from lighthouse.kernels.scorers import norm_scores
-from lighthouse.pyramid import level_offsets
+from lighthouse.kernels.common import empty, launch, log2, padded
 
 _M = tl.constexpr(PARENTS_PER_TILE)
 _LOG_M = tl.constexpr(log2(PARENTS_PER_TILE))
@@ -177,7 +175,7 @@ def pick_parents(
     """
     query_score, key_score = query_score.contiguous(), key_score.contiguous()
     batch, groups, length = query_score.shape
-    parents = query_score.new_empty((batch, groups, num_tiles, num_levels - 1, PARENTS_PER_TILE), dtype=torch.int32)
+    parents = empty(query_score, batch, groups, num_tiles, num_levels - 1, PARENTS_PER_TILE, dtype=torch.int32)
     per_tile = length // pooling_factor ** (num_levels - 2) // num_tiles
     double = query_score.dtype == torch.float64
     coarsest = padded(per_tile)
@@ -185,7 +183,7 @@ def pick_parents(
     programs = batch * groups * num_tiles
     stored = parents
     if causal:
-        stored = parents.new_empty(programs * room, dtype=torch.int64 if double else torch.int32)
+        stored = empty(parents, programs * room, dtype=torch.int64 if double else torch.int32)
     launch(
         _pick_parents_kernel, programs,
         (query_score, key_score, parents, stored),
@@ -268,8 +266,8 @@ def order_entries(
     batch, groups, tiles = parents.shape[:3]
     per_tile = seq_len // pooling_factor ** (num_levels - 1) // tiles
     selected = tiles * (per_tile + (num_levels - 1) * pooling_factor * PARENTS_PER_TILE)
-    level = parents.new_empty((batch, groups, selected), dtype=torch.int8)
-    index, entry = (parents.new_empty((batch, groups, selected)) for _ in range(2))
+    level = empty(parents, batch, groups, selected, dtype=torch.int8)
+    index, entry = (empty(parents, batch, groups, selected) for _ in range(2))
     blocks = -(-max(per_tile, PARENTS_PER_TILE * pooling_factor) // BLOCK_ENTRIES)
     launch(
         _order_kernel, blocks * tiles * batch * groups,
@@ -279,59 +277,3 @@ def order_entries(
         across=num_levels,
     )  # fmt: skip
     return level, index, entry
-
-
-def _select_by_norms(
-    query: Tensor, key: Tensor, num_levels: int, pooling_factor: int, num_tiles: int, starts_every: int,
-    delayed: bool, causal: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Queries [B, H, N, D] and keys [B, G, N, D], scored by their norms, to level, index, entry and inverse_map."""
-    seq_len = key.shape[2]
-    inverse_map = _empty_map(key, seq_len, num_levels, pooling_factor)
-    scores = norm_scores(query, key, pooling_factor, inverse_map)
-    parents = pick_parents(*scores, num_levels, pooling_factor, num_tiles, starts_every, delayed, causal)
-    return *order_entries(parents, inverse_map, seq_len, num_levels, pooling_factor), inverse_map
-
-
-def _select_by_scores(
-    query_score: Tensor, key_score: Tensor, num_levels: int, pooling_factor: int, num_tiles: int, starts_every: int,
-    delayed: bool, causal: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Scores of level 1, [B, G, N/p], to level, index, entry and inverse_map."""
-    seq_len = key_score.shape[2] * pooling_factor
-    inverse_map = _empty_map(key_score, seq_len, num_levels, pooling_factor).fill_(-1)
-    parents = pick_parents(query_score, key_score, num_levels, pooling_factor, num_tiles, starts_every, delayed, causal)
-    return *order_entries(parents, inverse_map, seq_len, num_levels, pooling_factor), inverse_map
-
-
-def _empty_map(like: Tensor, seq_len: int, num_levels: int, pooling_factor: int) -> Tensor:
-    entries = level_offsets(seq_len, num_levels, pooling_factor)[-1]
-    return like.new_empty((*like.shape[:2], entries), dtype=torch.int32)
-
-
-def _empty_selection(
-    like: Tensor, seq_len: int, num_levels: int, pooling_factor: int, num_tiles: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    selected = seq_len // pooling_factor ** (num_levels - 1)
-    selected += (num_levels - 1) * pooling_factor * num_tiles * PARENTS_PER_TILE
-    level, index, entry = (
-        like.new_empty((*like.shape[:2], selected), dtype=dtype) for dtype in (torch.int8, torch.int32, torch.int32)
-    )
-    return level, index, entry, _empty_map(like, seq_len, num_levels, pooling_factor)
-
-
-def _fake_by_norms(
-    query: Tensor, key: Tensor, num_levels: int, pooling_factor: int, num_tiles: int, *_: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _empty_selection(key, key.shape[2], num_levels, pooling_factor, num_tiles)
-
-
-def _fake_by_scores(
-    query_score: Tensor, key_score: Tensor, num_levels: int, pooling_factor: int, num_tiles: int, *_: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    seq_len = key_score.shape[2] * pooling_factor
-    return _empty_selection(key_score, seq_len, num_levels, pooling_factor, num_tiles)
-
-
-select_by_norms = operator(_select_by_norms, _fake_by_norms)
-select_by_scores = operator(_select_by_scores, _fake_by_scores)

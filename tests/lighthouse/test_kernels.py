@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from helpers.cases import make, random_rows
 from lighthouse import gather_scatter, kernels, lighthouse_attention, select
+from lighthouse.kernels.common import launch
 from lighthouse.kernels.scorers import norm_scores as norm_scores_kernel
 from lighthouse.pyramid import level_lengths, pool_scores
 from lighthouse.scorers import norm_scores
@@ -74,21 +75,70 @@ def test_rows_move_as_in_plain_torch(geometry, dtype, head_dim):
         assert ((ours.double() - exact).abs() <= error_allowed(exact, magnitude, dtype)).all(), name
 
 
-@pytest.mark.parametrize(("heads", "groups"), [(2, 2), (4, 2), (3, 1)])
-def test_three_in_one_launch_are_as_one_by_one(heads, groups):
+@pytest.mark.parametrize(
+    ("seq_len", "num_levels", "pooling_factor", "heads", "groups"),
+    [(192, 3, 2, 2, 2), (192, 3, 2, 4, 2), (512, 3, 16, 3, 1)],
+)
+def test_three_in_one_launch_are_as_one_by_one(seq_len, num_levels, pooling_factor, heads, groups):
     """Query, key and value, in memory each in its own way, to the bit, and so their gradients. p = 16: two passes."""
-    for geometry in ((1024, 3, 2, 128), (32768, 3, 16, 128)):
-        config, seq_len, entry, inverse_map = selection_of(geometry, groups, batch=1 if geometry[0] > 1024 else 2)
-        shape, selected = (config.num_levels, config.pooling_factor), entry.shape[-1]
-        wide = random_rows(len(entry), seq_len, heads + groups, 5, seed=2, device=DEVICE).transpose(1, 2)
-        rows = [wide[:, :heads], wide[:, heads:], random_rows(len(entry), groups, seq_len, 5, seed=3, device=DEVICE)]
-        leaves = [x.detach().requires_grad_() for x in rows]
-        grads = [random_rows(*x.shape[:2], selected, 5, seed=4 + i, device=DEVICE) for i, x in enumerate(rows)]
-        together = kernels.gather_three(*leaves, entry, inverse_map, *shape)
-        long_grads = torch.autograd.grad(together, leaves, grads)
-        for x, short, grad, long_grad in zip(rows, together, grads, long_grads, strict=True):
-            assert torch.equal(short, kernels.gather(x, entry, inverse_map, *shape))
-            assert torch.equal(long_grad, kernels.gather_backward(grad, inverse_map, seq_len, *shape))
+    entries, batch, selected = sum(level_lengths(seq_len, num_levels, pooling_factor)), 2, 96
+    chosen = torch.rand(batch, groups, entries, generator=torch.Generator().manual_seed(0)).argsort(-1)[..., :selected]
+    slots = torch.arange(selected, dtype=torch.int32).expand(chosen.shape)
+    inverse_map = torch.full((batch, groups, entries), -1, dtype=torch.int32).scatter(-1, chosen, slots).to(DEVICE)
+    entry, shape = chosen.int().to(DEVICE), (num_levels, pooling_factor)
+    wide = random_rows(batch, seq_len, heads + groups, 5, seed=2, device=DEVICE).transpose(1, 2)
+    rows = [wide[:, :heads], wide[:, heads:], random_rows(batch, groups, seq_len, 5, seed=3, device=DEVICE)]
+    leaves = [x.detach().requires_grad_() for x in rows]
+    grads = [random_rows(*x.shape[:2], selected, 5, seed=4 + i, device=DEVICE) for i, x in enumerate(rows)]
+    together = kernels.gather_three(*leaves, entry, inverse_map, *shape)
+    long_grads = torch.autograd.grad(together, leaves, grads)
+    for x, short, grad, long_grad in zip(rows, together, grads, long_grads, strict=True):
+        assert torch.equal(short, kernels.gather(x, entry, inverse_map, *shape))
+        torch.testing.assert_close(short, gather_scatter.gather(x, entry, inverse_map, *shape))
+        assert torch.equal(long_grad, kernels.gather_backward(grad, inverse_map, seq_len, *shape))
+
+
+def test_a_kernel_is_compiled_again_for_whatever_triton_specialises_it_on():
+    """Numbers, constants, dtypes, warps, and where rows begin; for the same again it is launched as it was compiled."""
+    compiled, launched = [], []
+
+    class Compiled:
+        def __getitem__(self, grid):
+            return lambda *arguments: launched.append((grid, arguments))
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: (compiled.append((grid, arguments, options)), Compiled())[1]
+
+    kernel, rows = Kernel(), torch.zeros(8)
+    for _ in range(2):
+        launch(kernel, 3, (rows, rows), (16, 2), CONSTANT=True)
+    (first,) = compiled
+    assert first[0] == (3, 1, 1) and first[1][2:] == (16, 2) and first[2] == {"CONSTANT": True, "num_warps": 4}
+    assert launched[0][0] == (3, 1, 1) and launched[0][1][2:] == (16, 2, True)
+    launch(kernel, 5, (rows + 1, rows), (16, 2), across=2, CONSTANT=True)
+    assert len(compiled) == 1 and launched[1][0] == (5, 2, 1)
+    launch(kernel, 3, (rows, rows), (17, 2), CONSTANT=True)
+    launch(kernel, 3, (rows, rows), (16, 2), CONSTANT=False)
+    launch(kernel, 3, (rows, rows.double()), (16, 2), CONSTANT=True)
+    launch(kernel, 3, (rows, rows), (16, 2), num_warps=8, CONSTANT=True)
+    launch(Kernel(), 3, (rows, rows), (16, 2), CONSTANT=True)
+    for _ in range(2):  # rows that begin anywhere are left to Triton every time
+        launch(kernel, 3, (rows[1:], rows), (16, 2), CONSTANT=True)
+    assert len(compiled) == 8 and len(launched) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_may_begin_anywhere_in_memory(dtype):
+    """After aligned ones, for which a kernel loads 16 bytes at once."""
+    config, seq_len, entry, inverse_map = selection_of((1024, 2, 4, 128))
+    shape = (config.num_levels, config.pooling_factor)
+    aligned = random_rows(1, 1, seq_len, 16, dtype=dtype, device=DEVICE)
+    shifted = torch.zeros(aligned.numel() + 1, dtype=dtype, device=DEVICE)[1:].view(aligned.shape).copy_(aligned)
+    assert aligned.data_ptr() % 16 == 0 != shifted.data_ptr() % 16
+    for _ in range(2):
+        want, got = (kernels.gather(rows, entry, inverse_map, *shape) for rows in (aligned, shifted))
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
