@@ -89,7 +89,8 @@ def test_three_in_one_launch_are_as_one_by_one(seq_len, num_levels, pooling_fact
     wide = random_rows(batch, seq_len, heads + groups, 5, seed=2, device=DEVICE).transpose(1, 2)
     rows = [wide[:, :heads], wide[:, heads:], random_rows(batch, groups, seq_len, 5, seed=3, device=DEVICE)]
     leaves = [x.detach().requires_grad_() for x in rows]
-    grads = [random_rows(*x.shape[:2], selected, 5, seed=4 + i, device=DEVICE) for i, x in enumerate(rows)]
+    wide = random_rows(batch, selected, heads + groups, 5, seed=4, device=DEVICE).transpose(1, 2)
+    grads = [wide[:, :heads], random_rows(batch, groups, selected, 5, seed=5, device=DEVICE), wide[:, heads:]]
     together = kernels.gather_three(*leaves, entry, inverse_map, *shape)
     long_grads = torch.autograd.grad(together, leaves, grads)
     for x, short, grad, long_grad in zip(rows, together, grads, long_grads, strict=True):
