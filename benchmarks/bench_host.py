@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-CALLS, ROUNDS = 50, 9
+CALLS, ROUNDS = 10, 60
 
 LAYERS = {
     "published": {},
