@@ -30,7 +30,7 @@ import torch
 import transformers
 from torchtitan.experiments.lighthouse.data.files import Asked
 from torchtitan.experiments.lighthouse.data.sources import find, register_datasets
-from torchtitan.experiments.lighthouse.errors import exit_on_refusal
+from torchtitan.experiments.lighthouse.errors import as_refusal, exit_on_refusal
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from lighthouse import LighthouseConfig
@@ -244,10 +244,10 @@ def main() -> None:
     if options.steps < LAST:
         raise SystemExit(f"bench_transformers: --steps {options.steps}: must be at least {LAST}")
     options.top_k = options.top_k or max(128, options.seq_len // 64 // 128 * 128)
-    with exit_on_refusal("bench_transformers"):
+    with exit_on_refusal("bench_transformers"), as_refusal():
+        geometry = LighthouseConfig(top_k=options.top_k)
+        geometry.validate(options.seq_len)
         text = examples(options.text, options.seq_len, options.steps)
-    geometry = LighthouseConfig(top_k=options.top_k)
-    geometry.validate(options.seq_len)
     register(geometry)
     options.output.mkdir(parents=True, exist_ok=True)
     runs: list[dict[str, Any]] = []

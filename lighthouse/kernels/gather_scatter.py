@@ -218,12 +218,12 @@ def pool(
     batch, heads, seq_len, head_dim = sources[0].shape
     lanes = sum(x.shape[1] for x in sources)
     outs = tuple(empty_short(x, selected) for x in sources)
-    for number, (programs, reached, numbers, constants) in enumerate(passes := _passes(
+    for programs, reached, numbers, constants in _passes(
         seq_len, batch, lanes, heads, inverse_map.shape[1], head_dim, selected, sources[0].dtype,
         num_levels, pooling_factor, written,
-    )):  # fmt: skip
-        coarse = outs[0]  # not written in the last pass
-        if number < len(passes) - 1:
+    ):  # fmt: skip
+        coarse, more = outs[0], constants["STORE_COARSE"]  # the last pass does not write it
+        if more:
             coarse = empty(outs[0], batch, lanes, reached, head_dim, dtype=accumulation_dtype(outs[0].dtype))
         launch(
             _pool_kernel, programs,
@@ -231,9 +231,8 @@ def pool(
             (*(stride for x in _three(sources) for stride in x.stride()[:3]), *numbers),
             **constants,
         )  # fmt: skip
-        if number == len(passes) - 1:
-            break
-        sources = coarse.split([x.shape[1] for x in sources], dim=1)
+        if more:
+            sources = coarse.split([x.shape[1] for x in sources], dim=1)
     return outs
 
 

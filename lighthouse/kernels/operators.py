@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lighthouse.config import PARENTS_PER_TILE
 from lighthouse.gather_scatter import halo_backward, where_missing
 from lighthouse.kernels.common import empty, operator
 from lighthouse.kernels.gather_scatter import empty_long, empty_short, pool, spread
 from lighthouse.kernels.scorers import norm_scores
-from lighthouse.kernels.selection import order_entries, pick_parents
+from lighthouse.kernels.selection import empty_entries, order_entries, pick_parents
+from lighthouse.pyramid import level_offsets
 
 
 def _select_by_norms(
@@ -41,19 +41,15 @@ def _select_by_scores(
 
 
 def _empty_map(like: Tensor, seq_len: int, num_levels: int, pooling_factor: int) -> Tensor:
-    entries = sum(seq_len // pooling_factor**level for level in range(num_levels))
+    entries = level_offsets(seq_len, num_levels, pooling_factor)[-1]
     return empty(like, *like.shape[:2], entries, dtype=torch.int32)
 
 
 def _empty_selection(
     like: Tensor, seq_len: int, num_levels: int, pooling_factor: int, num_tiles: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    selected = seq_len // pooling_factor ** (num_levels - 1)
-    selected += (num_levels - 1) * pooling_factor * num_tiles * PARENTS_PER_TILE
-    level, index, entry = (
-        empty(like, *like.shape[:2], selected, dtype=dtype) for dtype in (torch.int8, torch.int32, torch.int32)
-    )
-    return level, index, entry, _empty_map(like, seq_len, num_levels, pooling_factor)
+    entries = empty_entries(like, seq_len, num_levels, pooling_factor, num_tiles)
+    return *entries, _empty_map(like, seq_len, num_levels, pooling_factor)
 
 
 def _fake_by_norms(

@@ -265,15 +265,25 @@ def order_entries(
     """
     batch, groups, tiles = parents.shape[:3]
     per_tile = seq_len // pooling_factor ** (num_levels - 1) // tiles
-    selected = tiles * (per_tile + (num_levels - 1) * pooling_factor * PARENTS_PER_TILE)
-    level = empty(parents, batch, groups, selected, dtype=torch.int8)
-    index, entry = (empty(parents, batch, groups, selected) for _ in range(2))
+    level, index, entry = empty_entries(parents, seq_len, num_levels, pooling_factor, tiles)
     blocks = -(-max(per_tile, PARENTS_PER_TILE * pooling_factor) // BLOCK_ENTRIES)
     launch(
         _order_kernel, blocks * tiles * batch * groups,
         (parents, level, index, entry, inverse_map),
-        (seq_len, blocks, tiles, per_tile, selected, inverse_map.shape[-1]),
+        (seq_len, blocks, tiles, per_tile, entry.shape[-1], inverse_map.shape[-1]),
         NUM_LEVELS=num_levels, FACTOR=pooling_factor, LOG_FACTOR=log2(pooling_factor), BLOCK_ENTRIES=BLOCK_ENTRIES,
         across=num_levels,
     )  # fmt: skip
+    return level, index, entry
+
+
+def empty_entries(
+    like: Tensor, seq_len: int, num_levels: int, pooling_factor: int, num_tiles: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Level, index and entry, [B, G, S] each, for ``like`` [B, G, …]."""
+    selected = seq_len // pooling_factor ** (num_levels - 1)
+    selected += (num_levels - 1) * pooling_factor * num_tiles * PARENTS_PER_TILE
+    level, index, entry = (
+        empty(like, *like.shape[:2], selected, dtype=dtype) for dtype in (torch.int8, torch.int32, torch.int32)
+    )
     return level, index, entry

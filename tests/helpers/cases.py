@@ -1,6 +1,7 @@
 """What the tests of the library share: geometries, random inputs, and how a layer is run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -31,6 +32,19 @@ def random_rows(*shape, seed=0, dtype=torch.float32, device="cpu") -> Tensor:
 def qkv(seq_len, heads=2, groups=None, head_dim=16, batch=1, dtype=torch.float64, device="cpu") -> list[Tensor]:
     shapes = [(batch, heads, seq_len, head_dim), *[(batch, groups or heads, seq_len, head_dim)] * 2]
     return [random_rows(*shape, seed=s, dtype=dtype, device=device) for s, shape in enumerate(shapes)]
+
+
+@contextmanager
+def what_is_kept() -> Iterator[dict[int, Tensor]]:
+    """The tensors that are kept for a backward, by where they are stored: one of each storage."""
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        yield kept
 
 
 def entries(selection: Selection, b: int, g: int) -> list[tuple[int, int]]:

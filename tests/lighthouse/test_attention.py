@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import sdpa_kernel
 
-from helpers.cases import GEOMETRIES, entries, make, qkv, random_rows, run
+from helpers.cases import GEOMETRIES, entries, make, qkv, random_rows, run, what_is_kept
 from helpers.reference import attend_naively
 from lighthouse import LighthouseAttention, LighthouseConfig, attend_selected, lighthouse_attention, select
 from lighthouse.attention import PRIORITY, _tried_in_this_order, gather, scatter
@@ -389,13 +389,7 @@ def test_between_forward_and_backward_only_indices_and_gathered_rows_are_kept():
     """Nothing of length N but the inverse map, once, and what attention itself keeps of the S rows."""
     config, seq_len = make(4096, 3, 4, 128)
     inputs = [x.requires_grad_() for x in qkv(seq_len, dtype=torch.float32)]
-    kept: dict[int, torch.Tensor] = {}
-
-    def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+    with what_is_kept() as kept:
         lighthouse_attention(*inputs, config)
     floating = [x.shape[2] for x in kept.values() if x.is_floating_point()]
     assert floating and max(floating) == config.selected_length(seq_len) < seq_len

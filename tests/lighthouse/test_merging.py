@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask
 
-from helpers.cases import entries, make, qkv, random_rows, run
+from helpers.cases import entries, make, qkv, random_rows, run, what_is_kept
 from lighthouse import (
     LighthouseAttention,
     LighthouseConfig,
@@ -242,13 +242,7 @@ def test_of_rows_of_the_whole_length_only_the_result_is_kept():
     """It costs nothing where the next layer keeps it too: in the order in which that one reads it."""
     config, seq_len = make(4096, 3, 4, 128, combine="softmax")
     inputs = [x.requires_grad_() for x in qkv(seq_len, dtype=torch.float32)]
-    kept: dict[int, torch.Tensor] = {}
-
-    def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+    with what_is_kept() as kept:
         result = lighthouse_attention(*inputs, config)
     long = [x for x in kept.values() if x.is_floating_point() and x.dim() == 4 and x.shape[2] == seq_len]
     assert [x.untyped_storage().data_ptr() for x in long] == [result.untyped_storage().data_ptr()]
