@@ -100,15 +100,6 @@ ARMS = [
         for parts in (10, 12, 14, 15)
     ),
     Arm("published layers 0-6 and 8 10:6", two_stages("published-looking-back", 10, KEEP_LOOKING_BACK)),
-    *(
-        Arm(
-            f"causal W512 k{top_k} layers 0-6 and 8 14:2",
-            two_stages(
-                f"causal-w512-k{top_k}-looking-back", 14, *CAUSAL_W512, KEEP_LOOKING_BACK, f"--lighthouse.top_k={top_k}"
-            ),
-        )
-        for top_k in (1024, 2048)
-    ),
     Arm(
         "causal W512 layers 0-6 14:2",
         two_stages("causal-w512-last-3-dense", 14, *CAUSAL_W512, "--lighthouse.layers=0-6"),
@@ -155,9 +146,23 @@ ARMS = [
     ),
     # The parts of a position merged as one softmax, which is what dense weights know.
     Arm("softmax W512 14:2", two_stages("softmax-w512", 14, *SOFTMAX_W512)),
-    Arm(
-        "softmax W512 layers 0-6 and 8 14:2",
-        two_stages("softmax-w512-looking-back", 14, *SOFTMAX_W512, KEEP_LOOKING_BACK),
+    *(
+        Arm(
+            f"softmax W512 layers 0-6 and 8 {parts}:{PARTS - parts}",
+            two_stages("softmax-w512-looking-back", parts, *SOFTMAX_W512, KEEP_LOOKING_BACK),
+        )
+        for parts in (14, 15)
+    ),
+    *(
+        Arm(
+            f"softmax W512 k{top_k} layers 0-6 and 8 14:2",
+            two_stages(
+                f"softmax-w512-k{top_k}-looking-back",
+                14,
+                *(*SOFTMAX_W512, KEEP_LOOKING_BACK, f"--lighthouse.top_k={top_k}"),
+            ),
+        )
+        for top_k in (1024, 2048)
     ),
     Arm(
         "softmax W512 layers 0-6 and 8 every 8th dense 14:2",
