@@ -5,8 +5,9 @@
     python benchmarks/bench_attention.py --quick
 
 B = 1, H = 8, D = 128, bfloat16, [B, N, H, D] in memory as attention modules hand it over. Times are medians by CUDA
-events after warm-up, forward, and forward with backward; all on cuDNN. Writes layer.csv, kernels.csv, report.md and
-latency.png. Nothing is reported if the kernels do not agree with the plain-torch path.
+events after warm-up, forward, and forward with backward; all on cuDNN. Rows with a window, and with ``combine =
+"softmax"`` (W = 512), select causally. Writes layer.csv, kernels.csv, report.md and latency.png. Nothing is reported if
+the kernels do not agree with the plain-torch path.
 """
 
 from __future__ import annotations
@@ -45,8 +46,12 @@ QUICK = (32768, 98304, 131072)
 #: Local windows that are measured: in a layer with causal selection, and attention over the window alone.
 WINDOWS = (128, 512, 1024)
 
+#: What a layer with ``combine = "softmax"`` is measured with: causal selection and this window.
+SOFTMAX_WINDOW = 512
+
 NAMES = {
     "dense", "SDPA on S rows", "torch, eager", "triton, eager", "triton, compiled", "triton, CUDA graph",
+    *(f"softmax, {how}" for how in ("eager", "compiled", "CUDA graph")),
     "causal, CUDA graph", *(f"{what}W = {window}, CUDA graph" for window in WINDOWS for what in ("", "only ")),
 }  # fmt: skip
 
@@ -133,6 +138,11 @@ def measure_layer(seq_len: int, config: LighthouseConfig, names: set[str]) -> li
         config = replace(triton_config, selection="causal", local_window=window)
         layers[f"W = {window}, CUDA graph"] = (layer_of(config), seq_len, True)
         layers[f"only W = {window}, CUDA graph"] = (partial(attend_locally, window=window), seq_len, True)
+    config = replace(triton_config, selection="causal", local_window=SOFTMAX_WINDOW, combine="softmax")
+    softmax = partial(lighthouse_attention, config=config)  # it brings its own attention
+    layers["softmax, eager"] = (softmax, seq_len, False)
+    layers["softmax, compiled"] = (torch.compile(softmax, fullgraph=True, dynamic=False), seq_len, False)
+    layers["softmax, CUDA graph"] = (softmax, seq_len, True)
     measured = []
     for name, (layer, length, graph) in layers.items():
         if name not in names:
@@ -194,6 +204,12 @@ def measure_kernels(seq_len: int, config: LighthouseConfig) -> list[tuple[str, f
         "gather_three_backward": (
             lambda: kernels.gather_three_backward(short, short, short, chosen.inverse_map, seq_len, *shape),
             3 * (long_bytes + short_bytes + map_bytes),
+        ),
+        "gather_three_backward, with a window's": (
+            lambda: kernels.gather_three_backward(
+                short, short, short, chosen.inverse_map, seq_len, *shape, (query, key, value)
+            ),
+            3 * (2 * long_bytes + short_bytes + map_bytes),
         ),
         "gather_backward": (
             lambda: kernels.gather_backward(short, chosen.inverse_map, seq_len, *shape),
@@ -301,7 +317,8 @@ def main() -> None:
         raise SystemExit("bench_attention: needs a GPU")
     torch.manual_seed(0)
     check(LighthouseConfig(top_k=128))
-    check(LighthouseConfig(top_k=128, selection="causal", local_window=512))
+    for combine in ("sum", "softmax"):
+        check(LighthouseConfig(top_k=128, selection="causal", local_window=512, combine=combine))
     names = NAMES - set(options.without)
     contexts = options.contexts or (QUICK if options.quick else list(CONTEXTS))
     rows = [

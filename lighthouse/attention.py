@@ -12,13 +12,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lighthouse import gather_scatter
 from lighthouse.backend import load_kernels
 from lighthouse.config import LighthouseConfig, ResolvedBackend
 from lighthouse.local_window import attend_locally, turned
-from lighthouse.merging import attend_and_merge
+from lighthouse.merging import Rows, attend_and_merge
 from lighthouse.selection import Selection, check_shapes, select
 
 #: Causal attention over [B, H, S, D] and [B, G, S, D]; called with ``enable_gqa=True`` where G < H.
@@ -100,13 +101,17 @@ def attend_selected(
     """
     attention = inner_attention(attention, config)
     backend = backend or config.resolve_backend(query.device.type)
-    short_query, short_key, short_value = gather_three(query, key, value, selection, config, backend)
+    if config.local_window:
+        short, (query, key, value) = gather_beside(query, key, value, selection, config, backend)
+    else:
+        short = gather_three(query, key, value, selection, config, backend)
+    short_query, short_key, short_value = short
     if rotate is not None:
         position = selection.last_positions(config.pooling_factor)
         short_query, short_key = rotate(short_query, position), rotate(short_key, position)
     near = (*turned(query, key, rotate), value) if config.local_window else None
     if config.combine == "softmax":
-        short = (short_query, short_key, short_value)
+        short = short_query, short_key, short_value
         return attend_and_merge(short, near, selection, query.shape[2], config, backend)
     grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
     output = attention(short_query, short_key, short_value, **grouped)
@@ -140,6 +145,57 @@ def gather_three(
         query, key, value, selection.entry, selection.inverse_map, *shape
     )
     return short
+
+
+def gather_beside(
+    query: Tensor, key: Tensor, value: Tensor, selection: Selection, config: LighthouseConfig, backend: ResolvedBackend
+) -> tuple[Rows, Rows]:
+    """``gather_three``, and query, key and value again, for a local window.
+
+    The gradients that come back through those are added where the gather's are made. Otherwise both would be written,
+    and autograd would read them again to add them up.
+    """
+    shape = (config.num_levels, config.pooling_factor)
+    out = _GatherBeside.apply(query, key, value, selection.entry, selection.inverse_map, shape, backend == "triton")
+    return out[:3], out[3:]
+
+
+class _GatherBeside(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        entry: Tensor,
+        inverse_map: Tensor,
+        shape: tuple[int, int],
+        by_kernels: bool,
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(inverse_map)
+        ctx.shape, ctx.by_kernels = (query.shape[2], *shape), by_kernels
+        rows = (query, key, value)
+        if by_kernels:
+            short = load_kernels().gather_three(*rows, entry, inverse_map, *shape)
+        else:
+            short = [gather_scatter.gather(x, entry, inverse_map, *shape) for x in rows]
+        return *short, *(x.view_as(x) for x in rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (inverse_map,) = ctx.saved_tensors
+        seq_len, num_levels, pooling_factor = ctx.shape
+        short, beside = grads[:3], grads[3:]
+        if ctx.by_kernels:
+            backward = load_kernels().gather_three_backward
+            long = backward(*short, inverse_map, seq_len, num_levels, pooling_factor, beside)
+        else:
+            long = [
+                gather_scatter.gather_backward(grad, inverse_map, seq_len, num_levels, pooling_factor, other)
+                for grad, other in zip(short, beside, strict=True)
+            ]
+        return *long, None, None, None, None
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, enable_gqa: bool = False) -> Tensor:

@@ -38,9 +38,20 @@ def gather(rows: Tensor, entry: Tensor, inverse_map: Tensor, num_levels: int, po
     return gathered
 
 
-def gather_backward(grad: Tensor, inverse_map: Tensor, seq_len: int, num_levels: int, pooling_factor: int) -> Tensor:
-    """The gradient of ``gather`` in its rows: from [B, H, S, D] to [B, H, N, D]."""
-    return _spread(grad, inverse_map, seq_len, num_levels, pooling_factor, written=False)
+def gather_backward(
+    grad: Tensor,
+    inverse_map: Tensor,
+    seq_len: int,
+    num_levels: int,
+    pooling_factor: int,
+    beside: Tensor | None = None,
+) -> Tensor:
+    """The gradient of ``gather`` in its rows: from [B, H, S, D] to [B, H, N, D].
+
+    Args:
+        beside: [B, H, N, D], a gradient of the same rows by another way, to be added.
+    """
+    return _spread(grad, inverse_map, seq_len, num_levels, pooling_factor, written=False, added=beside)
 
 
 def scatter(
@@ -125,7 +136,7 @@ class _Scatter(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(entry, inverse_map)
         ctx.shape, ctx.has_halo, ctx.has_local = (num_levels, pooling_factor), halo is not None, local is not None
-        return _spread(rows, inverse_map, seq_len, num_levels, pooling_factor, written=True, halo=halo, local=local)
+        return _spread(rows, inverse_map, seq_len, num_levels, pooling_factor, written=True, halo=halo, added=local)
 
     @staticmethod
     @once_differentiable
@@ -173,15 +184,19 @@ def _spread(
     *,
     written: bool,
     halo: Tensor | None = None,
-    local: Tensor | None = None,
+    added: Tensor | None = None,
 ) -> Tensor:
-    """The transpose of ``_pool``: add up, for every position, the rows of the entries in whose window it lies."""
+    """The transpose of ``_pool``: add up, for every position, the rows of the entries in whose window it lies.
+
+    Args:
+        added: [B, H, N, D], added as well; with ``written`` only where the level-0 entry is not selected.
+    """
     total: Tensor | None = None
     found = entries_over(inverse_map, seq_len, num_levels, pooling_factor, written=written)
     for level, (index, slot) in enumerate(found):
         taken = take_or_zero(rows, slot)
-        if local is not None and level == 0:
-            taken = taken + where_missing(local, inverse_map).to(taken.dtype)
+        if added is not None and level == 0:
+            taken = taken + (where_missing(added, inverse_map) if written else added).to(taken.dtype)
         if not written:
             taken = taken / pooling_factor**level
         if halo is not None and level:

@@ -248,15 +248,17 @@ def empty_short(rows: Tensor, selected: int) -> Tensor:
 
 @triton.jit
 def _spread_kernel(
-    rows, rows_2, rows_3, inverse_map, halo, local, out, out_2, out_3,
+    rows, rows_2, rows_3, inverse_map, halo, added, added_2, added_3, out, out_2, out_3,
     stride_b, stride_h, stride_s, stride_b_2, stride_h_2, stride_s_2, stride_b_3, stride_h_3, stride_s_3,
-    local_stride_b, local_stride_h, local_stride_n,
+    added_stride_b, added_stride_h, added_stride_n, added_stride_b_2, added_stride_h_2, added_stride_n_2,
+    added_stride_b_3, added_stride_h_3, added_stride_n_3,
     seq_len, blocks, heads, groups, head_dim, num_entries,
     THREE: tl.constexpr, NUM_LEVELS: tl.constexpr, WRITTEN: tl.constexpr,
-    HAS_HALO: tl.constexpr, HAS_LOCAL: tl.constexpr,
+    HAS_HALO: tl.constexpr, HAS_ADDED: tl.constexpr,
     LOG_FACTOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """``THREE``: as in ``_pool_kernel``, without halo and local rows."""
+    """``THREE``: as in ``_pool_kernel``, without halo. ``added``: with ``WRITTEN`` only where the level-0 entry is not
+    selected."""
     shift: tl.constexpr = 1 if WRITTEN else 0
     block = tl.program_id(0) % blocks
     program = (tl.program_id(0) // blocks).to(tl.int64)
@@ -274,6 +276,10 @@ def _spread_kernel(
         stride_b = _of_three(lane, heads, groups, stride_b, stride_b_2, stride_b_3)
         stride_h = _of_three(lane, heads, groups, stride_h, stride_h_2, stride_h_3)
         stride_s = _of_three(lane, heads, groups, stride_s, stride_s_2, stride_s_3)
+        added = _of_three(lane, heads, groups, added, added_2, added_3)
+        added_stride_b = _of_three(lane, heads, groups, added_stride_b, added_stride_b_2, added_stride_b_3)
+        added_stride_h = _of_three(lane, heads, groups, added_stride_h, added_stride_h_2, added_stride_h_3)
+        added_stride_n = _of_three(lane, heads, groups, added_stride_n, added_stride_n_2, added_stride_n_3)
     inverse_map += (b * groups + group) * num_entries
     rows += b * stride_b + h * stride_h
     halo += program * (NUM_LEVELS - 1) * head_dim
@@ -291,12 +297,12 @@ def _spread_kernel(
             mask=(slots >= 0)[:, None] & in_row,
             other=0.0,
         ).to(ACC)
-        if HAS_LOCAL and level == 0:
-            at = position.to(tl.int64)[:, None] * local_stride_n + columns[None, :]
-            missing = inside & (slots < 0)
-            taken += tl.load(
-                local + b * local_stride_b + h * local_stride_h + at, mask=missing[:, None] & in_row, other=0.0
-            ).to(ACC)
+        if HAS_ADDED and level == 0:
+            at = added + b * added_stride_b + h * added_stride_h + position.to(tl.int64)[:, None] * added_stride_n
+            here = inside
+            if WRITTEN:
+                here = inside & (slots < 0)
+            taken += tl.load(at + columns[None, :], mask=here[:, None] & in_row, other=0.0).to(ACC)
         if not WRITTEN:
             taken = taken / (1 << (LOG_FACTOR * level))
         if HAS_HALO and level > 0:
@@ -320,28 +326,28 @@ def spread(
     *,
     written: bool,
     halo: Tensor | None = None,
-    local: Tensor | None = None,
+    added: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, ...]:
     """[B, H, S, D] to [B, H, N, D], stored as [B, N, H, D], which is how attention modules go on: of one tensor, or of
-    query, key and value in one launch."""
+    query, key and value in one launch. ``added``: for each of them rows [B, H, N, D], as in ``_spread_kernel``."""
     sources, inverse_map = tuple(map(with_contiguous_rows, tensors)), inverse_map.contiguous()
     batch, heads, _, head_dim = sources[0].shape
     outs = tuple(empty_long(x, seq_len) for x in sources)
     # Tensors that are not there are not read: any other takes their place.
     halo_rows = sources[0] if halo is None else halo.contiguous()
-    local_rows = sources[0] if local is None else with_contiguous_rows(local)
+    added_rows = sources if added is None else tuple(map(with_contiguous_rows, added))
     block_d = padded(head_dim)
     block_n = 4 * BLOCK_SIZE // block_d
     blocks = -(-seq_len // block_n)
     launch(
         _spread_kernel, blocks * batch * sum(x.shape[1] for x in sources),
-        (*_three(sources), inverse_map, halo_rows, local_rows, *_three(outs)),
+        (*_three(sources), inverse_map, halo_rows, *_three(added_rows), *_three(outs)),
         (
-            *(stride for x in (*_three(sources), local_rows) for stride in x.stride()[:3]),
+            *(stride for x in (*_three(sources), *_three(added_rows)) for stride in x.stride()[:3]),
             seq_len, blocks, heads, inverse_map.shape[1], head_dim, inverse_map.shape[2],
         ),
         THREE=len(sources) == 3, NUM_LEVELS=num_levels, WRITTEN=written,
-        HAS_HALO=halo is not None, HAS_LOCAL=local is not None,
+        HAS_HALO=halo is not None, HAS_ADDED=added is not None,
         LOG_FACTOR=log2(pooling_factor), BLOCK_N=block_n, BLOCK_D=block_d, ACC=accumulator(outs[0].dtype),
     )  # fmt: skip
     return outs

@@ -87,7 +87,7 @@ def _setup_gather(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _differentiate_gather(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (inverse_map,) = ctx.saved_tensors
-    return gather_backward(grad, inverse_map, *ctx.shape), None, None, None, None
+    return _GATHER_BACKWARD(grad, inverse_map, *ctx.shape, None), None, None, None, None
 
 
 def _gather_three(
@@ -108,30 +108,34 @@ def _fake_gather_three(
 
 def _differentiate_gather_three(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     (inverse_map,) = ctx.saved_tensors
-    return *gather_three_backward(*grads, inverse_map, *ctx.shape), None, None, None, None
+    return *_GATHER_THREE_BACKWARD(*grads, inverse_map, *ctx.shape, None, None, None), None, None, None, None
 
 
-def _gather_backward(grad: Tensor, inverse_map: Tensor, seq_len: int, num_levels: int, pooling_factor: int) -> Tensor:
-    """``lighthouse.gather_scatter.gather_backward``; the result is stored as [B, N, H, D]."""
-    return spread((grad,), inverse_map, seq_len, num_levels, pooling_factor, written=False)[0]
+def _gather_backward(
+    grad: Tensor, inverse_map: Tensor, seq_len: int, num_levels: int, pooling_factor: int, beside: Tensor | None
+) -> Tensor:  # fmt: skip
+    added = None if beside is None else (beside,)
+    return spread((grad,), inverse_map, seq_len, num_levels, pooling_factor, written=False, added=added)[0]
 
 
-def _fake_gather_backward(grad: Tensor, inverse_map: Tensor, seq_len: int, *_: int) -> Tensor:
+def _fake_gather_backward(grad: Tensor, inverse_map: Tensor, seq_len: int, *_: Any) -> Tensor:
     return empty_long(grad, seq_len)
 
 
 def _gather_three_backward(
     query_grad: Tensor, key_grad: Tensor, value_grad: Tensor, inverse_map: Tensor, seq_len: int, num_levels: int,
-    pooling_factor: int,
+    pooling_factor: int, query_beside: Tensor | None, key_beside: Tensor | None, value_beside: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """``gather_backward`` of the three gradients."""
+    added = None
+    if query_beside is not None and key_beside is not None and value_beside is not None:
+        added = (query_beside, key_beside, value_beside)
     grads = (query_grad, key_grad, value_grad)
-    long = spread(grads, inverse_map, seq_len, num_levels, pooling_factor, written=False)
+    long = spread(grads, inverse_map, seq_len, num_levels, pooling_factor, written=False, added=added)
     return long[0], long[1], long[2]
 
 
 def _fake_gather_three_backward(
-    query_grad: Tensor, key_grad: Tensor, value_grad: Tensor, inverse_map: Tensor, seq_len: int, *_: int
+    query_grad: Tensor, key_grad: Tensor, value_grad: Tensor, inverse_map: Tensor, seq_len: int, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return empty_long(query_grad, seq_len), empty_long(key_grad, seq_len), empty_long(value_grad, seq_len)
 
@@ -140,7 +144,8 @@ def _scatter(
     rows: Tensor, inverse_map: Tensor, seq_len: int, num_levels: int, pooling_factor: int, halo: Tensor | None,
     local: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    return spread((rows,), inverse_map, seq_len, num_levels, pooling_factor, written=True, halo=halo, local=local)[0]
+    added = None if local is None else (local,)
+    return spread((rows,), inverse_map, seq_len, num_levels, pooling_factor, written=True, halo=halo, added=added)[0]
 
 
 def _fake_scatter(rows: Tensor, inverse_map: Tensor, seq_len: int, *_: Any) -> Tensor:
@@ -171,13 +176,33 @@ def _fake_scatter_backward(grad: Tensor, inverse_map: Tensor, selected: int, *_:
 
 
 gather = operator(_gather, _fake_gather, setup_context=_setup_gather, backward=_differentiate_gather)
-gather_backward = operator(_gather_backward, _fake_gather_backward)
+_GATHER_BACKWARD = operator(_gather_backward, _fake_gather_backward)
 gather_three = operator(
     _gather_three, _fake_gather_three, setup_context=_setup_gather, backward=_differentiate_gather_three
 )
-gather_three_backward = operator(_gather_three_backward, _fake_gather_three_backward)
+_GATHER_THREE_BACKWARD = operator(_gather_three_backward, _fake_gather_three_backward)
 _SCATTER = operator(_scatter, _fake_scatter, setup_context=_setup_scatter, backward=_differentiate_scatter)
 _SCATTER_BACKWARD = operator(_scatter_backward, _fake_scatter_backward)
+
+
+def gather_backward(
+    grad: Tensor, inverse_map: Tensor, seq_len: int, num_levels: int, pooling_factor: int, beside: Tensor | None = None
+) -> Tensor:
+    """``lighthouse.gather_scatter.gather_backward``; the result is stored as [B, N, H, D]."""
+    long: Tensor = _GATHER_BACKWARD(grad, inverse_map, seq_len, num_levels, pooling_factor, beside)
+    return long
+
+
+def gather_three_backward(
+    query_grad: Tensor, key_grad: Tensor, value_grad: Tensor, inverse_map: Tensor, seq_len: int, num_levels: int,
+    pooling_factor: int, beside: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """``gather_backward`` of the three gradients."""
+    grads, shape = (query_grad, key_grad, value_grad), (seq_len, num_levels, pooling_factor)
+    long: tuple[Tensor, Tensor, Tensor] = _GATHER_THREE_BACKWARD(
+        *grads, inverse_map, *shape, *(beside or (None, None, None))
+    )
+    return long
 
 
 def scatter(

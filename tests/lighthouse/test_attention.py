@@ -76,6 +76,24 @@ def test_a_local_window_fills_exactly_the_holes(geometry, window, selection, on)
     assert torch.equal(changed, hole) and hole.any() and not hole.all()
 
 
+def test_gradients_of_a_window_are_added_where_the_gather_makes_its_own(on):
+    """Not by autograd, which would read and write query, key and value once more."""
+    config, seq_len = make(*GEOMETRIES[1], local_window=128, backend=on["backend"])
+    leaves = [x.requires_grad_() for x in qkv(seq_len, heads=2, groups=1, device=on["device"])]
+    out = lighthouse_attention(*leaves, config)
+    below, seen = [out.grad_fn], set()
+    while below:
+        node = below.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            below += [before for before, _ in node.next_functions]
+    accumulated = [node for node in seen if hasattr(node, "variable")]
+    assert {id(node.variable) for node in accumulated} == {id(x) for x in leaves}
+    for node in accumulated:
+        users = [(user.name(), slot) for user in seen for before, slot in user.next_functions if before is node]
+        assert len(users) == 1, users
+
+
 @pytest.mark.parametrize("window", [1024, 2048])
 def test_a_window_over_everything_is_dense_where_nothing_is_selected(window):
     config, seq_len = make(1024, 3, 2, 128)

@@ -48,7 +48,7 @@ def error_allowed(exact, magnitude, dtype):
 )  # fmt: skip
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_rows_move_as_in_plain_torch(geometry, dtype, head_dim):
-    """All four operators, ``scatter`` also with local rows; grouped heads; [B, N, H, D] in memory."""
+    """All four operators, and what two of them may add; grouped heads; [B, N, H, D] in memory."""
     groups = 2
     if INTERPRETED:  # slow: the other dtypes on the smallest geometry only, and rows just long enough to be masked
         if (geometry[0] > 1024 and dtype != torch.float32) or head_dim in (64, 128, 256):
@@ -58,12 +58,13 @@ def test_rows_move_as_in_plain_torch(geometry, dtype, head_dim):
     shape, selected, heads = (config.num_levels, config.pooling_factor), entry.shape[-1], 2 * groups
     long = random_rows(1, seq_len, heads, head_dim, seed=2, dtype=dtype, device=DEVICE).transpose(1, 2)
     short = random_rows(1, selected, heads, head_dim, seed=3, dtype=dtype, device=DEVICE).transpose(1, 2)
-    local = random_rows(1, seq_len, heads, head_dim, seed=4, dtype=dtype, device=DEVICE).transpose(1, 2)
+    added = random_rows(1, seq_len, heads, head_dim, seed=4, dtype=dtype, device=DEVICE).transpose(1, 2)
     for name, rows, arguments in (
         ("gather", long, (entry, inverse_map, *shape)),
         ("gather_backward", short, (inverse_map, seq_len, *shape)),
+        ("gather_backward", short, (inverse_map, seq_len, *shape, added)),
         ("scatter", short, (entry, inverse_map, seq_len, *shape)),
-        ("scatter", short, (entry, inverse_map, seq_len, *shape, None, local)),
+        ("scatter", short, (entry, inverse_map, seq_len, *shape, None, added)),
         ("scatter_backward", long, (entry, inverse_map, *shape)),
     ):
         plain = getattr(gather_scatter, name)
@@ -93,6 +94,9 @@ def test_three_in_one_launch_are_as_one_by_one(seq_len, num_levels, pooling_fact
     grads = [wide[:, :heads], random_rows(batch, groups, selected, 5, seed=5, device=DEVICE), wide[:, heads:]]
     together = kernels.gather_three(*leaves, entry, inverse_map, *shape)
     long_grads = torch.autograd.grad(together, leaves, grads)
+    sums = kernels.gather_three_backward(*grads, inverse_map, seq_len, *shape, tuple(rows))
+    for grad, other, total in zip(grads, rows, sums, strict=True):
+        assert torch.equal(total, kernels.gather_backward(grad, inverse_map, seq_len, *shape, other))
     for x, short, grad, long_grad in zip(rows, together, grads, long_grads, strict=True):
         assert torch.equal(short, kernels.gather(x, entry, inverse_map, *shape))
         torch.testing.assert_close(short, gather_scatter.gather(x, entry, inverse_map, *shape))
@@ -198,13 +202,15 @@ def test_operators_are_registered_properly():
     short_key = random_rows(1, 1, entry.shape[-1], 8, seed=1, device=DEVICE)
     scores = random_rows(2, 1, 1, seq_len // 4, device=DEVICE).abs()
     scatter = torch.ops.lighthouse.scatter.default
+    gather_three_backward = torch.ops.lighthouse.gather_three_backward.default
     for operator, arguments in (
         (kernels.select_by_norms, (query, key, *shape, config.num_tiles, 1, False, False)),
         (kernels.select_by_scores, (*scores, *shape, config.num_tiles, 1, True, True)),
         (kernels.gather, (leaves[0], entry, inverse_map, *shape)),
-        (kernels.gather_backward, (short, inverse_map, seq_len, *shape)),
+        (torch.ops.lighthouse.gather_backward.default, (short, inverse_map, seq_len, *shape, query)),
         (kernels.gather_three, (*leaves, entry, inverse_map, *shape)),
-        (kernels.gather_three_backward, (short, short_key, short_key, inverse_map, seq_len, *shape)),
+        (gather_three_backward, (short, short_key, short_key, inverse_map, seq_len, *shape, None, None, None)),
+        (gather_three_backward, (short, short_key, short_key, inverse_map, seq_len, *shape, query, key, key)),
         (scatter, (short.clone().requires_grad_(), inverse_map, seq_len, *shape, None, None)),
         (scatter, (short, inverse_map, seq_len, *shape, None, leaves[0])),
         (torch.ops.lighthouse.scatter_backward.default, (query, inverse_map, entry.shape[-1], *shape)),
@@ -298,11 +304,12 @@ def test_forward_and_backward_run_as_a_cuda_graph(groups):
         assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("window", [0, 128])
 @pytest.mark.parametrize("selective", [False, True], ids=["full", "selective"])
-def test_compiled_checkpointing_keeps_what_it_is_told(selective):
+def test_compiled_checkpointing_keeps_what_it_is_told(selective, window):
     """Fully checkpointed, only the input: the partitioner keeps no operator's result. Selectively, the gathered rows
     and the selection, as ``WORTH_SAVING`` says, and nothing N-sized beside the input."""
-    config, seq_len = make(1024, 3, 2, 128, backend="triton")
+    config, seq_len = make(1024, 3, 2, 128, backend="triton", local_window=window)
     project = torch.nn.Linear(16, 16, bias=False, device=DEVICE)
 
     def layer(x):
