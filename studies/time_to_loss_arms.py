@@ -164,6 +164,14 @@ ARMS = [
         )
         for top_k in (1024, 2048)
     ),
+    # Other base weights look back with other layers: of seed 2 with 0, 4, 7 and 9, above all with 4 and 7.
+    *(
+        Arm(
+            f"softmax W512 layers {name} 14:2",
+            two_stages(f"softmax-w512-{layers}", 14, *SOFTMAX_W512, f"--lighthouse.layers={layers}"),
+        )
+        for name, layers in (("0-3 5-6 and 8-9", "0-3,5-6,8-9"), ("1-3 5-6 and 8", "1-3,5-6,8"))
+    ),
     Arm(
         "softmax W512 layers 0-6 and 8 every 8th dense 14:2",
         two_stages("softmax-w512-looking-back-every-8th", 14, *SOFTMAX_W512, KEEP_LOOKING_BACK, f"{DENSE_EVERY}8"),
