@@ -71,8 +71,8 @@ class LighthouseConfig:
     combine: Combine = "sum"
     """What a position makes of its parts, which are the rows of each level and of the local window (docs/method.md,
     section 10.6). ``sum``, as published: it adds them up. ``softmax``: it merges them into one softmax over all that
-    they attended to, by their log-sum-exps; the local window is then a part at every position. Not under context
-    parallelism, and not with ``selection="none"``, which leaves one part only.
+    they attended to, by their log-sum-exps; the local window is then a part at every position. Not with
+    ``selection="none"``, which leaves one part only.
     """
 
     backend: Backend = "auto"
@@ -128,11 +128,6 @@ class LighthouseConfig:
                 f"local_window={self.local_window}: must not be longer than the {seq_len // num_chunks} tokens of each "
                 f"of the {num_chunks} chunks of context parallelism; nearest valid value: "
                 f"{seq_len // num_chunks // WINDOW_STEP * WINDOW_STEP}"
-            )
-        if num_chunks > 1 and self.combine != "sum":
-            raise ValueError(
-                f"combine={self.combine!r}: ring attention returns no log-sum-exps under context parallelism (the "
-                f"sequence in {num_chunks} chunks); nearest valid value: 'sum'"
             )
         if self.selection == "none":
             return

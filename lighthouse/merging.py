@@ -33,6 +33,9 @@ FLEX_LEAST_HEAD_DIM = 16
 
 #: Queries, keys and values of an attention.
 Rows = tuple[Tensor, Tensor, Tensor]
+#: What it returns: rows and their log-sum-exps.
+Part = tuple[Tensor, Tensor]
+NONE = (None, None)
 
 
 def attend_and_merge(
@@ -54,25 +57,87 @@ def attend_and_merge(
         [B, H, N, D] in the dtype of the queries, differentiable once; 0 where a position has no part, which
         ``config.cover_start`` and a local window both rule out.
     """
-    query = short[0]
-    is_fused = query.is_cuda and query.dtype in FLEX_DTYPES and query.shape[-1] >= FLEX_LEAST_HEAD_DIM
-    # FlexAttention is a fused kernel in compiled code only.
-    run = _compiled() if is_fused and not torch.compiler.is_compiling() else _attend_and_merge
-    return run(
+    return _compiled_if_fused(_attend_and_merge, short[0])(
         short,
         local,
         (selection.level, selection.entry, selection.inverse_map),
         (seq_len, config.num_levels, config.pooling_factor),
         config.local_window,
         backend == "triton",
-        flex.attend if is_fused else attend_plainly,
+        flex.attend if _is_fused(short[0]) else attend_plainly,
     )
 
 
+def attend_locally(
+    query: Tensor, key: Tensor, value: Tensor, window: int, *, before: Sequence[Tensor], starts_every: int
+) -> tuple[Tensor, Tensor]:
+    """``lighthouse.local_window.attend_locally`` in the chunks of a sequence, with its log-sum-exps.
+
+    Returns:
+        [B, H, N, D] in the dtype of ``query``, and [B, H, N] float32 (float64 for float64 inputs).
+    """
+    twin = flex.attend if _is_fused(query) else attend_plainly
+    return _compiled_if_fused(twin, query)(query, key, value, window, before, starts_every)
+
+
+def attend_from_chunks(query: Tensor, key: Tensor, value: Tensor, held: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Causal attention over a whole sequence, for the queries of some of its equal chunks.
+
+    Args:
+        query: [B, H, C·M, D], C chunks one after the other.
+        key, value: [B, G, N, D], those of the whole sequence.
+        held: the numbers of the C chunks, ascending.
+
+    Returns:
+        [B, H, C·M, D] in the dtype of ``query``, and [B, H, C·M] float32 (float64 for float64 inputs).
+    """
+    twin = flex.attend_from_chunks if _is_fused(query) else attend_plainly_from_chunks
+    return _compiled_if_fused(twin, query)(query, key, value, held)
+
+
+def merge(
+    short: Part,
+    near: Part | None,
+    halo: Part,
+    selection: Selection,
+    seq_len: int,
+    config: LighthouseConfig,
+    backend: ResolvedBackend,
+) -> Tensor:
+    """The merge of the parts in each chunk of a sequence.
+
+    Args:
+        short: the rows of the selected entries, [B, H, S, D], and their log-sum-exps, [B, H, S].
+        near: those of the local window, [B, H, N, D] and [B, H, N].
+        halo: what the chunks before hand over (``lighthouse.context_parallel``), [B, H, L − 1, D] and [B, H, L − 1], in
+            the dtype of the log-sum-exps; −∞ among these where there is nothing.
+
+    Returns:
+        [B, H, N, D] in the dtype of the rows, differentiable once.
+    """
+    return _compiled_if_fused(_merge, short[0])(
+        short,
+        near,
+        halo,
+        (selection.level, selection.entry, selection.inverse_map),
+        (seq_len, config.num_levels, config.pooling_factor),
+        backend == "triton",
+    )
+
+
+def _is_fused(query: Tensor) -> bool:
+    return query.is_cuda and query.dtype in FLEX_DTYPES and query.shape[-1] >= FLEX_LEAST_HEAD_DIM
+
+
+def _compiled_if_fused(function: Callable[..., Any], query: Tensor) -> Callable[..., Any]:
+    # FlexAttention is a fused kernel in compiled code only.
+    return _compiled(function) if _is_fused(query) and not torch.compiler.is_compiling() else function
+
+
 @functools.cache
-def _compiled() -> Callable[..., Tensor]:
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     # Without fullgraph, torch would fall back to the matrix of all scores, for instance after too many shapes.
-    return torch.compile(_attend_and_merge, dynamic=False, fullgraph=True)
+    return torch.compile(function, dynamic=False, fullgraph=True)
 
 
 def _attend_and_merge(
@@ -84,29 +149,55 @@ def _attend_and_merge(
     by_kernels: bool,
     attend: Callable[..., tuple[Tensor, Tensor]],
 ) -> Tensor:
-    near = (None, None) if local is None else attend(*local, window)
-    merged: Tensor = _Merge.apply(*attend(*short), *near, *selection, shape, by_kernels)
+    near = None if local is None else attend(*local, window)
+    return _merge(attend(*short), near, None, selection, shape, by_kernels)
+
+
+def _merge(
+    short: Part,
+    near: Part | None,
+    halo: Part | None,
+    selection: tuple[Tensor, Tensor, Tensor],
+    shape: tuple[int, int, int],
+    by_kernels: bool,
+) -> Tensor:
+    merged: Tensor = _Merge.apply(*short, *(near or NONE), *(halo or NONE), *selection, shape, by_kernels)
     return merged
 
 
-def attend_plainly(query: Tensor, key: Tensor, value: Tensor, window: int | None = None) -> tuple[Tensor, Tensor]:
+def attend_plainly(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int | None = None,
+    before: Sequence[Tensor] | None = None,
+    starts_every: int = 1,
+) -> tuple[Tensor, Tensor]:
     """Causal attention over all positions, or over the last ``window``; scale 1/√D. It keeps the scores, in float32
     (float64 for float64 inputs), whatever precision autocast would choose.
 
     Args:
         query: [B, H, M, D], any floating dtype.
         key, value: [B, G, M, D] with G dividing H.
+        before, starts_every: with a window, as in ``lighthouse.local_window.attend_locally``.
 
     Returns:
         The rows, [B, H, M, D] in the dtype of ``query``, and their log-sum-exps, [B, H, M] in the dtype of the scores.
     """
     length = query.shape[2]
-    if window is not None and window < length:
-        queries, keys, values, mask = in_blocks(query, key, value, window)
+    if window is not None and (window < length or before is not None):
+        queries, keys, values, mask = in_blocks(query, key, value, window, before, starts_every)
         out, sums = _attend_under(mask, queries, keys, values)
         return joined(out, query), joined(sums, query)
     position = torch.arange(length, device=query.device)
     return _attend_under(position[:, None] >= position, query, key, value)
+
+
+def attend_plainly_from_chunks(query: Tensor, key: Tensor, value: Tensor, held: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """``attend_from_chunks``, as ``attend_plainly``."""
+    length = query.shape[2] // len(held)
+    position = torch.cat([torch.arange(length, device=query.device) + chunk * length for chunk in held])
+    return _attend_under(position[:, None] >= torch.arange(key.shape[2], device=query.device), query, key, value)
 
 
 def _attend_under(mask: Tensor, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,31 +226,36 @@ class _Merge(torch.autograd.Function):
         sums: Tensor,
         near: Tensor | None,
         near_sums: Tensor | None,
+        halo: Tensor | None,
+        halo_sums: Tensor | None,
         level: Tensor,
         entry: Tensor,
         inverse_map: Tensor,
         shape: tuple[int, int, int],
         by_kernels: bool,
     ) -> Tensor:
-        slots = _slots(inverse_map, shape)
-        weights = _weights(sums, near_sums, slots)
+        found = entries_over(inverse_map, *shape, written=True)
+        weights = _weights(sums, near_sums, halo_sums, found)
         total = rows.new_zeros((), dtype=weights[0].dtype)
-        for weight, slot in zip(weights, slots, strict=near is None):
-            total = total + weight[..., None] * take_or_zero(rows, slot)
+        for level_number, (weight, (index, slot)) in enumerate(zip(weights, found, strict=near is None)):
+            taken = take_or_zero(rows, slot)
+            if halo is not None and level_number:
+                taken = taken + halo[:, :, level_number - 1, None].where((index < 0)[:, None], 0.0)
+            total = total + weight[..., None] * taken
         if near is not None:
             total = total + weights[-1][..., None] * near
         # As attention modules go on: stored as [B, N, H, D].
         result = _as_dtype(rows.dtype, total.transpose(1, 2).contiguous().transpose(1, 2))
-        ctx.save_for_backward(result, rows, sums, near, near_sums, level, entry, inverse_map)
+        ctx.save_for_backward(result, rows, sums, near, near_sums, halo, halo_sums, level, entry, inverse_map)
         ctx.shape, ctx.by_kernels = shape, by_kernels
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        result, rows, sums, near, near_sums, level, entry, inverse_map = ctx.saved_tensors
+        result, rows, sums, near, near_sums, halo, halo_sums, level, entry, inverse_map = ctx.saved_tensors
         _, num_levels, pooling_factor = ctx.shape
-        weights = _weights(sums, near_sums, _slots(inverse_map, ctx.shape))
+        weights = _weights(sums, near_sums, halo_sums, entries_over(inverse_map, *ctx.shape, written=True))
         wide = weights[0].dtype
         by_result = (grad.to(wide) * result).sum(-1)  # g·y, [B, H, N]
 
@@ -179,7 +275,15 @@ class _Merge(torch.autograd.Function):
         if near is not None:
             near_grad = _as_dtype(near.dtype, weights[-1][..., None] * grad)
             near_sums_grad = (near_grad.to(wide) * near).sum(-1) - weights[-1] * by_result
-        return rows_grad, sums_grad, near_grad, near_sums_grad, None, None, None, None, None
+
+        halo_grad = halo_sums_grad = None
+        if halo is not None:
+            # The entry of level ℓ writes to the first p^ℓ − 1 positions.
+            written = [(weights[n][:, :, : pooling_factor**n - 1], pooling_factor**n - 1) for n in range(1, num_levels)]
+            halo_grad = torch.stack([(w[..., None] * grad[:, :, :reach]).sum(2) for w, reach in written], dim=2)
+            less = torch.stack([(w * by_result[:, :, :reach]).sum(2) for w, reach in written], dim=2)
+            halo_sums_grad = (halo_grad * halo).sum(-1) - less
+        return rows_grad, sums_grad, near_grad, near_sums_grad, halo_grad, halo_sums_grad, *[None] * 5
 
 
 def _as_dtype(dtype: torch.dtype, rows: Tensor) -> Tensor:
@@ -187,21 +291,21 @@ def _as_dtype(dtype: torch.dtype, rows: Tensor) -> Tensor:
     return rows if rows.dtype == dtype else rows.to(dtype)
 
 
-def _slots(inverse_map: Tensor, shape: tuple[int, int, int]) -> list[Tensor]:
-    """Of each level, the slot of the entry that writes to each position, [B, G, N]; −1 where none does."""
-    return [slot for _, slot in entries_over(inverse_map, *shape, written=True)]
-
-
-def _weights(sums: Tensor, near_sums: Tensor | None, slots: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def _weights(
+    sums: Tensor, near_sums: Tensor | None, halo_sums: Tensor | None, found: Sequence[tuple[Tensor, Tensor]]
+) -> tuple[Tensor, ...]:
     """The weight of each level's row at each position, and of the window's last, [B, H, N] each; 0 for one that is not
-    there."""
+    there. ``found`` is what ``entries_over`` returns."""
     heads = sums.shape[1]
     parts = [
         take_or_zero(sums[..., None], slot)[..., 0].masked_fill(
             (slot < 0).repeat_interleave(heads // slot.shape[1], dim=1), -math.inf
         )
-        for slot in slots
+        for _, slot in found
     ]
+    if halo_sums is not None:
+        before = [index < 0 for index, _ in found[1:]]
+        parts[1:] = [halo_sums[:, :, n, None].where(before[n], part) for n, part in enumerate(parts[1:])]
     stacked = torch.stack(parts if near_sums is None else [*parts, near_sums])
     # Where there is no part at all, softmax is 0/0.
     return stacked.softmax(0).masked_fill(stacked == -math.inf, 0.0).unbind(0)

@@ -63,6 +63,9 @@ def test_chunks_equal_the_whole_sequence(geometry, groups, batch, on):
     assert error[0].max() < 1e-10 and error[:, reach:].max() < 1e-10
 
 
+MERGED = {"combine": "softmax"}
+
+
 @pytest.fixture
 def alone():
     """A process group of one rank."""
@@ -72,9 +75,13 @@ def alone():
 
 
 @pytest.mark.parametrize("load_balanced", [True, False], ids=["two chunks", "one chunk"])
-@pytest.mark.parametrize("selection", ["causal", "none"])
-def test_one_rank_equals_one_device_and_resolves_the_backend_once(selection, load_balanced, alone, monkeypatch):
-    config, seq_len = make(2048, 2, 2, 512, selection=selection, local_window=256)
+@pytest.mark.parametrize(
+    "more",
+    [{"local_window": 256}, {"selection": "none", "local_window": 256}, MERGED | {"local_window": 256}, MERGED],
+    ids=["sum", "window alone", "softmax", "softmax, no window"],
+)
+def test_one_rank_equals_one_device_and_resolves_the_backend_once(more, load_balanced, alone, monkeypatch):
+    config, seq_len = make(1024, 3, 2, 256, **{"selection": "causal"} | more)
     inputs = qkv(seq_len, groups=1, head_dim=8, batch=2)
     grad = random_rows(*inputs[0].shape, seed=9, dtype=torch.float64)
     expected = run(*inputs, config, grad)
@@ -101,3 +108,29 @@ def test_one_rank_selects_by_the_rows_that_it_is_given_for_it(alone):
     layer = ShardedLighthouseAttention(config, causal_attention, SequenceShards(alone, load_balanced=True))
     ours = layer(*inputs, enable_gqa=True, score_by=scored)
     torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_an_attention_over_all_ranks_is_asked_for_where_one_is_used(alone):
+    shards = SequenceShards(alone)
+    with pytest.raises(ValueError, match=r"attention=None: combine='sum' needs .*: ring attention \(or combine="):
+        ShardedLighthouseAttention(LighthouseConfig(), None, shards)
+    with pytest.raises(ValueError, match=r"attention=Identity.*'softmax' needs log-sum-exps.*: None"):
+        ShardedLighthouseAttention(LighthouseConfig(**MERGED), torch.nn.Identity(), shards)
+    ShardedLighthouseAttention(LighthouseConfig(**MERGED), None, shards)
+
+
+def test_a_layer_with_merged_parts_compiles_into_one_graph(alone):
+    """Exchanges included. In float32, where torch 2.11 gets a cast wrong that does nothing."""
+    config, seq_len = make(1024, 3, 2, 256, **MERGED, local_window=128)
+    inputs = qkv(seq_len, groups=1, head_dim=8, dtype=torch.float32)
+    grad = random_rows(*inputs[0].shape, seed=9)
+    layer = ShardedLighthouseAttention(config, None, SequenceShards(alone))
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    ours, expected = (
+        run(*inputs, config, grad, lambda q, k, v, _, layer=layer: layer(q, k, v, enable_gqa=True))
+        for layer in (compiled, layer)
+    )
+    for got, want in zip(ours, expected, strict=True):
+        assert want.any()
+        torch.testing.assert_close(got, want)

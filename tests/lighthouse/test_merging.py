@@ -263,6 +263,24 @@ def test_another_attention_is_refused():
     assert torch.equal(LighthouseAttention(config)(*inputs), lighthouse_attention(*inputs, config))
 
 
+def same_blocks(ours, expected):
+    """The same blocks in the same order, and numbers that torch 2.11 reads with the strides of one list."""
+    assert ours.shape == expected.shape
+    for which in ("kv", "full_kv", "q", "full_q"):
+        lists = [
+            [
+                [where[:count].tolist() for count, where in zip(*sequence, strict=True)]
+                for sequence in zip(
+                    getattr(mask, f"{which}_num_blocks")[:, 0], getattr(mask, f"{which}_indices")[:, 0], strict=True
+                )
+            ]
+            for mask in (ours, expected)
+        ]
+        assert lists[0] == lists[1], which
+    assert ours.kv_indices.stride() == ours.full_kv_indices.stride()
+    assert ours.q_indices.stride() == ours.full_q_indices.stride()
+
+
 class TestFlex:
     """What runs on a GPU, as far as a CPU can tell: FlexAttention's plain form, which has no gradient there."""
 
@@ -273,22 +291,30 @@ class TestFlex:
             return (q >= k) & (q - k < (window or length))
 
         ours = flex.band(length, window, torch.device("cpu"))
-        expected = create_block_mask(visible, None, None, length, length, "cpu")
-        assert ours.shape == expected.shape
-        for which in ("kv", "full_kv", "q", "full_q"):
-            lists = [
-                [
-                    where[:count].tolist()
-                    for count, where in zip(
-                        getattr(mask, f"{which}_num_blocks")[0, 0], getattr(mask, f"{which}_indices")[0, 0], strict=True
-                    )
-                ]
-                for mask in (ours, expected)
-            ]
-            assert lists[0] == lists[1], which
-        # Torch 2.11 reads both lists with the strides of one.
-        assert ours.kv_indices.stride() == ours.full_kv_indices.stride()
-        assert ours.q_indices.stride() == ours.full_q_indices.stride()
+        same_blocks(ours, create_block_mask(visible, None, None, length, length, "cpu"))
+
+    @pytest.mark.parametrize("starts_every", [0, 1, 2])
+    @pytest.mark.parametrize(("length", "window"), [(128, 128), (512, 128), (512, 384), (640, 640)])
+    def test_with_a_window_before_the_queries_too(self, length, window, starts_every):
+        def visible(b, h, q, k):
+            exists = (k >= window) | (b % starts_every != 0) if starts_every else k >= 0
+            return (q + window >= k) & (q + window - k < window) & exists
+
+        ours = flex.band(length, window, torch.device("cpu"), follows=(4, starts_every))
+        same_blocks(ours, create_block_mask(visible, 4, None, length, window + length, "cpu"))
+
+    @pytest.mark.parametrize("held", [(0,), (3,), (0, 3), (1, 2)])
+    @pytest.mark.parametrize("length", [128, 200, 255, 384])
+    def test_from_chunks_of_any_length_too(self, length, held):
+        """From 200 rows a chunk the queries are filled up, and their blocks begin in the middle of a block of keys."""
+        padded, seq_len = length + -length % 128, 4 * length + -4 * length % 128
+        position = torch.cat([chunk * length + torch.arange(padded) for chunk in held])
+
+        def visible(b, h, q, k):
+            return position[q] >= k
+
+        ours = flex.band_from_chunks(length, held, seq_len, torch.device("cpu"))
+        same_blocks(ours, create_block_mask(visible, None, None, len(position), seq_len, "cpu"))
 
     @pytest.mark.parametrize("window", [None, 128])
     def test_it_equals_plain_attention(self, window):
@@ -296,6 +322,21 @@ class TestFlex:
         compiled = torch.compile(flex.attend, fullgraph=True, backend="aot_eager")
         with torch.no_grad():
             for got, want in zip(compiled(*rows, window), merging.attend_plainly(*rows, window), strict=True):
+                torch.testing.assert_close(got, want)
+
+    @pytest.mark.parametrize("starts_every", [0, 2])
+    def test_it_equals_plain_attention_in_chunks(self, starts_every):
+        rows, before = (qkv(n, heads=4, groups=2, batch=4, dtype=torch.float32) for n in (300, 128))
+        held = qkv(1200, heads=4, groups=2, dtype=torch.float32)
+        held[0] = held[0][:, :, :600]
+        calls = [
+            (flex.attend, merging.attend_plainly, (*rows, 128, before[1:], starts_every)),
+            (flex.attend_from_chunks, merging.attend_plainly_from_chunks, (*held, (1, 2))),
+        ]
+        for fused, plain, arguments in calls:
+            with torch.no_grad():
+                compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")(*arguments)
+            for got, want in zip(compiled, plain(*arguments), strict=True):
                 torch.testing.assert_close(got, want)
 
 

@@ -5,7 +5,7 @@ Over gloo on CPU, or by torchrun over NCCL on GPUs, with the dtype as argument.
 
 import os
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 from torchtitan.experiments.lighthouse.seams.context_parallel import support_ring_on_cpu
@@ -32,16 +32,33 @@ from lighthouse import (  # noqa: E402
 #: Eight tiles of 256 entries, so that every chunk of four balanced ranks has one.
 PUBLISHED = LighthouseConfig(num_levels=3, pooling_factor=2, top_k=1024)
 WINDOWED = replace(PUBLISHED, selection="causal", local_window=256)
-SEQ_LEN, BATCH, HEADS, HEAD_DIM = 8192, 2, 4, 16
-#: Key/value heads, balanced layout, rotation, and a window or none: every pair of settings.
-CASES = [
-    (4, True, "alltoall", PUBLISHED),
-    (4, False, "allgather", WINDOWED),
-    (2, True, "allgather", WINDOWED),
-    (2, False, "alltoall", PUBLISHED),
-]
+HEAD_DIM = 16
 
-ANGLES = torch.arange(SEQ_LEN)[:, None] * 0.5 ** torch.arange(1, HEAD_DIM // 2 + 1)
+
+@dataclass
+class Case:
+    groups: int
+    balanced: bool
+    rotation: str
+    config: LighthouseConfig
+    batch: int = 2
+    heads: int = 4
+    seq_len: int = 8192
+
+
+def cases(world_size):
+    """Every pair of settings; and parts merged as one softmax, which keeps all scores on a CPU: in small, and without
+    a rotation."""
+    merged = {"combine": "softmax", "top_k": 256 * world_size}
+    small = 1024 * world_size
+    return [
+        Case(4, True, "alltoall", PUBLISHED),
+        Case(4, False, "allgather", WINDOWED),
+        Case(2, True, "allgather", WINDOWED),
+        Case(2, False, "alltoall", PUBLISHED),
+        Case(1, False, "allgather", replace(PUBLISHED, **merged), heads=1, seq_len=small),
+        Case(1, True, "allgather", replace(WINDOWED, **merged), heads=2, batch=1, seq_len=small),
+    ]
 
 
 def results(layer, query, key, value, grad):
@@ -90,41 +107,44 @@ def main() -> None:
     apply_cp_to_attention_module([ring], mesh, "sdpa")
 
     generator = torch.Generator().manual_seed(0)
-    for groups, balanced, rotation, config in CASES:
-        layout = "head-tail" if balanced else "contiguous"
-        window = config.local_window
-        where = f"{groups} key/value heads, {layout}, {rotation}, window {window}, rank {dist.get_rank()}"
+    for case in cases(dist.get_world_size()):
+        groups, heads, balanced, config = case.groups, case.heads, case.balanced, case.config
+        window, merged = config.local_window, config.combine == "softmax"
+        kind = f"{'head-tail' if balanced else 'contiguous'}, {'softmax' if merged else case.rotation}"
+        where = f"{groups} key/value heads, {kind}, window {window}, rank {dist.get_rank()}"
         # Positions at a chunk's start that the chunk before it writes to, or that attend to it.
         reach = max(config.pooling_factor ** (config.num_levels - 1), window) - 1
-        set_rotate_method(rotation)
+        set_rotate_method(case.rotation)
         query, key, value, grad = (
-            torch.randn(BATCH, heads, SEQ_LEN, HEAD_DIM, generator=generator).to(device, dtype)
-            for heads in (HEADS, groups, groups, HEADS)
+            torch.randn(case.batch, number, case.seq_len, HEAD_DIM, generator=generator).to(device, dtype)
+            for number in (heads, groups, groups, heads)
         )
         inputs = (query, key, value, grad)
         own = [shard(rows, mesh, balanced) for rows in inputs]
         shards = SequenceShards(mesh.get_group(), load_balanced=balanced)
-        layer = ShardedLighthouseAttention(config, ring, shards)
+        over_ranks = None if merged else ring
+        layer = ShardedLighthouseAttention(config, over_ranks, shards)
 
         # Ungrouped heads are selected by other rows than those that attend.
         by = own_by = None
-        if groups == HEADS:
+        if groups == heads:
             by = tuple(torch.randn(query.shape, generator=generator).to(device, dtype) for _ in range(2))
             own_by = tuple(shard(rows, mesh, balanced) for rows in by)
             assert not torch.equal(select(*by, config).index, select(query, key, config).index), where
         check_selection(by or (query, key), own_by or own[:2], shards, config, where)
         # Grouped heads are also rotated after the gather, by angles that are sharded as the rows are.
         rotate = own_rotate = None
-        if groups != HEADS:
-            angles = ANGLES[None, None].to(device)
+        if groups != heads:
+            angles = torch.arange(case.seq_len)[:, None] * 0.5 ** torch.arange(1, HEAD_DIM // 2 + 1)
+            angles = angles[None, None].to(device)
             rotate, own_rotate = (partial(turn, rows[0, 0]) for rows in (angles, shard(angles, mesh, balanced)))
         exact = [x.float() for x in inputs]
         whole = partial(lighthouse_attention, config=config, rotate=rotate, score_by=by)
         expected = one_device = of_rank_0([exact[0], *exact[:3]], partial(results, whole, *exact))
         if dtype != torch.float32:
-            one_device = results(partial(whole, attention=plain), *inputs)
+            one_device = results(partial(whole, attention=None if merged else plain), *inputs)
         # Selected from rounded rows in both: float32 copies of them have the same norms.
-        how = {"enable_gqa": groups != HEADS, "rotate": own_rotate, "score_by": own_by}
+        how = {"enable_gqa": groups != heads, "rotate": own_rotate, "score_by": own_by}
         ours = results(partial(layer, **how), *own)
         for name, got, want, single in zip(("output", "dq", "dk", "dv"), ours, expected, one_device, strict=True):
             want, single = shard(want, mesh, balanced), shard(single, mesh, balanced)
@@ -142,7 +162,7 @@ def main() -> None:
         if dist.get_rank() == 0 and dtype != torch.float32:
             print(f"{where}: {name} off by {error:.2e}, one device by {allowed:.2e}", flush=True)
 
-        without = ShardedLighthouseAttention(config, ring, WithoutHalo(mesh.get_group(), load_balanced=balanced))
+        without = ShardedLighthouseAttention(config, over_ranks, WithoutHalo(mesh.get_group(), load_balanced=balanced))
         out = without(*own[:3], **how)
         missing = shards.stack((out.float() - shard(expected[0], mesh, balanced)).abs())
         starts = shards.starts_every == 1 and dist.get_rank() == 0  # this rank holds nothing but the sequence's start
@@ -167,7 +187,7 @@ def check_selection(scored, own_scored, shards, config, where):
     for nth, chunk in enumerate(held):
         part = slice(chunk * share, (chunk + 1) * share)
         level = whole.level[..., part]
-        first = chunk * (SEQ_LEN // shards.num_chunks) // config.pooling_factor ** level.long()
+        first = chunk * (scored[0].shape[2] // shards.num_chunks) // config.pooling_factor ** level.long()
         assert torch.equal(local.level[nth :: shards.held], level), where
         assert torch.equal(local.index[nth :: shards.held] + first, whole.index[..., part]), where
 

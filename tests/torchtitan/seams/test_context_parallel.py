@@ -23,6 +23,12 @@ VALIDATED = {
 }  # fmt: skip
 
 
+COMPILED_ON_TWO = {
+    "parallelism__context_parallel_degree": "2", "compile__enable": None, "compile__backend": "aot_eager",
+    "activation_checkpoint__mode": "selective", "activation_checkpoint__selective_ac_option": "op",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_a_layer_equals_one_device(world_size):
     """Selection identical; output and gradients to 1e-5, borders included; layouts, rotations, grouped heads."""
@@ -38,10 +44,7 @@ def test_a_whole_run_equals_one_device(tmp_path):
     train(seed, **SPLIT, checkpoint__create_seed_checkpoint=None)
     common = SPLIT | VALIDATED | {"checkpoint__initial_load_path": str(seed / "checkpoint/step-0")}
     common |= {"lighthouse__dense_every": "2"}
-    two = common | {
-        "parallelism__context_parallel_degree": "2", "compile__enable": None, "compile__backend": "aot_eager",
-        "activation_checkpoint__mode": "selective", "activation_checkpoint__selective_ac_option": "op",
-    }  # fmt: skip
+    two = common | COMPILED_ON_TWO
     four = common | {
         "parallelism__context_parallel_degree": "4", "parallelism__context_parallel_rotate_method": "alltoall",
     }  # fmt: skip
@@ -56,6 +59,17 @@ def test_a_whole_run_equals_one_device(tmp_path):
             assert ours.get("tokens_seen") == theirs.get("tokens_seen")
             if "validation_loss" in theirs:
                 assert ours["validation_loss"] == pytest.approx(theirs["validation_loss"], rel=1e-4)
+
+
+def test_a_run_with_merged_parts_equals_one_device(tmp_path):
+    """Compiled, with selective checkpointing, between dense layers that run the ring."""
+    split = SPLIT | {"lighthouse__combine": "softmax", "lighthouse__top_k": "512"}
+    seed = tmp_path / "seed"
+    train(seed, **split, checkpoint__create_seed_checkpoint=None)
+    common = split | {"checkpoint__initial_load_path": str(seed / "checkpoint/step-0"), "training__steps": "2"}
+    train(tmp_path / "1", **common)
+    train(tmp_path / "2", 2, **common | COMPILED_ON_TWO)
+    assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-4)
 
 
 @pytest.fixture

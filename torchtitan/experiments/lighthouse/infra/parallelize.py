@@ -54,7 +54,6 @@ def shard_sequence(model: LighthouseTransformer, parallel_dims: ParallelDims, se
     )
     for block in model.layers.values():
         attention = cast("LighthouseLlamaAttention", block.attention)
-        if attention.lighthouse is not None:
-            attention.lighthouse = ShardedLighthouseAttention(
-                attention.lighthouse.config, attention.inner_attention, shards
-            )
+        whole = attention.lighthouse
+        if whole is not None:
+            attention.lighthouse = ShardedLighthouseAttention(whole.config, whole.attention, shards)
