@@ -40,8 +40,7 @@ def reference(query, key, value, selection, config, turn=None):
 @pytest.mark.parametrize(
     ("geometry", "heads", "groups", "batch"),
     [
-        (GEOMETRIES[0], 2, 2, 1), (GEOMETRIES[1], 2, 2, 1), (GEOMETRIES[1], 4, 1, 1), (GEOMETRIES[1], 4, 2, 2),
-        (GEOMETRIES[2], 2, 1, 1), (GEOMETRIES[3], 2, 2, 2),
+        (GEOMETRIES[0], 2, 2, 1), (GEOMETRIES[1], 4, 2, 2), (GEOMETRIES[2], 2, 1, 1), (GEOMETRIES[3], 1, 1, 1),
     ],
 )  # fmt: skip
 def test_output_and_gradients_equal_the_definition(geometry, heads, groups, batch, on):
@@ -57,7 +56,7 @@ def test_output_and_gradients_equal_the_definition(geometry, heads, groups, batc
 
 
 @pytest.mark.parametrize(
-    ("geometry", "window", "selection"), [(GEOMETRIES[1], 128, "causal"), (GEOMETRIES[2], 384, "published")]
+    ("geometry", "window", "selection"), [((512, 3, 2, 128), 128, "causal"), ((1024, 3, 2, 256), 384, "published")]
 )
 def test_a_local_window_fills_exactly_the_holes(geometry, window, selection, on):
     """Output and gradients against the definition, grouped heads; and nothing changes at any other position."""
@@ -276,7 +275,7 @@ def test_gradients_equal_finite_differences_through_the_fixed_selection():
 
 @pytest.mark.parametrize("scorer", ["norm", "dilated", "gla"])
 def test_the_same_inputs_give_the_same_bits(scorer, on):
-    config, seq_len = make(1024, 3, 2, 128, scorer=scorer, backend=on["backend"])
+    config, seq_len = make(512, 3, 2, 128, scorer=scorer, backend=on["backend"])
     device = on["device"]
     inputs = qkv(seq_len, heads=2, groups=1, dtype=torch.float32, device=device)
     grad = random_rows(*inputs[0].shape, seed=9, device=device)
@@ -289,7 +288,7 @@ def test_the_same_inputs_give_the_same_bits(scorer, on):
 @pytest.mark.parametrize("groups", [2, 1])
 def test_strided_inputs_equal_contiguous_ones(groups, on):
     """[B, N, H, D] seen as [B, H, N, D], as attention modules hand it over, and a non-contiguous gradient."""
-    config, seq_len = make(1024, 3, 2, 128, backend=on["backend"])
+    config, seq_len = make(512, 3, 2, 128, backend=on["backend"])
     device = on["device"]
     inputs = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv(seq_len, heads=2, groups=groups)]
     inputs = [x.to(device) for x in inputs]
@@ -325,20 +324,20 @@ def test_low_precision_rounds_once(dtype, on):
     selection = select(rows, keys, config)
     short = random_rows(1, 2, config.selected_length(seq_len), 16, seed=5, dtype=dtype, device=device)
 
-    def both(function, x, grad):
+    def both(function, x, grad, backend="torch"):
         x = x.detach().requires_grad_()
-        out = function(x)
+        out = function(x, backend)
         out.backward(grad.to(out.dtype))
         return out.detach(), x.grad
 
     cases = {
-        "gather": (lambda x: gather(x, selection, config, on["backend"]), rows, short),
-        "scatter": (lambda x: scatter(x, selection, seq_len, config, on["backend"]), short, rows),
+        "gather": (lambda x, backend: gather(x, selection, config, backend), rows, short),
+        "scatter": (lambda x, backend: scatter(x, selection, seq_len, config, backend), short, rows),
     }
     for name, (function, x, grad) in cases.items():
         exact = both(function, x.double(), grad)
         size = both(function, x.double().abs(), grad.abs())
-        for got, want, magnitude in zip(both(function, x, grad), exact, size, strict=True):
+        for got, want, magnitude in zip(both(function, x, grad, on["backend"]), exact, size, strict=True):
             allowed = ulps * torch.finfo(dtype).eps * want.abs() + 16 * 2**-24 * magnitude + torch.finfo(dtype).tiny
             assert got.dtype == dtype
             assert ((got.double() - want).abs() <= allowed).all(), name
@@ -352,8 +351,9 @@ def test_low_precision_is_as_good_as_its_attention(dtype, on):
     device = on["device"]
     inputs = qkv(seq_len, head_dim=32, dtype=dtype, device=device)
     selection = select(inputs[0], inputs[1], config)
-    exact = attend_selected(*(x.double() for x in inputs), selection, config)
     got = attend_selected(*inputs, selection, config)
+    config = replace(config, backend="torch")
+    exact = attend_selected(*(x.double() for x in inputs), selection, config)
 
     def rounded_attention(*rows):
         return F.scaled_dot_product_attention(*(x.to(dtype) for x in rows), is_causal=True).double()
@@ -393,7 +393,7 @@ def test_compiles_into_one_graph(settings, dtype, on):
 def test_activation_checkpointing_recomputes_the_same(window, on):
     config, seq_len = make(512, 3, 2, 128, local_window=window, backend=on["backend"])
     device = on["device"]
-    inputs = qkv(seq_len, dtype=torch.float32, device=device)
+    inputs = qkv(seq_len, heads=1, dtype=torch.float32, device=device)
     grad = random_rows(*inputs[0].shape, seed=9, device=device)
 
     def checkpointed(*arguments):
@@ -456,7 +456,7 @@ def test_backends_of_sdpa_are_tried_in_the_order_that_torch_would_set():
 
 @pytest.mark.parametrize("rotate", [None, lambda rows, position: rows], ids=["published", "rotate"])
 def test_the_backend_is_resolved_once_per_forward(rotate, monkeypatch, on):
-    config, seq_len = make(1024, 3, 2, 128, backend=on["backend"])
+    config, seq_len = make(256, 2, 2, 128, backend=on["backend"])
     resolve, resolved = LighthouseConfig.resolve_backend, []
 
     def spy(config, device_type):
@@ -464,7 +464,7 @@ def test_the_backend_is_resolved_once_per_forward(rotate, monkeypatch, on):
         return resolved[-1]
 
     monkeypatch.setattr(LighthouseConfig, "resolve_backend", spy)
-    lighthouse_attention(*qkv(seq_len, device=on["device"]), config, rotate=rotate)
+    lighthouse_attention(*qkv(seq_len, heads=1, device=on["device"]), config, rotate=rotate)
     assert resolved == [on["backend"]]
 
 
@@ -512,7 +512,7 @@ def test_full_length_on_a_gpu(backend, window):
 
 def test_scores_may_be_of_other_rows_than_attention(on):
     """Only the selection changes: it is that of the rows named, and shapes and scorers that do not fit are refused."""
-    config, seq_len = make(*GEOMETRIES[1], backend=on["backend"])
+    config, seq_len = make(512, 3, 2, 128, backend=on["backend"])
     query, key, value = (rows.to(on["device"]) for rows in qkv(seq_len, heads=2, groups=1))
     by = (query.flip(2), key.flip(2))
     expected = attend_selected(query, key, value, select(*by, config), config)
