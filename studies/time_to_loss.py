@@ -31,7 +31,9 @@ From random weights, the arms that were scored had not learned to look back afte
 trains dense weights of short sequences first, in more and smaller steps, on the same text with more quotes (two fifths:
 with a fifth, looking back was just being learned after 3,000 steps), as near as those sequences are long. With
 ``--start`` all arms begin with them, their optimizer anew. That is how long contexts are trained in practice, and what
-recall can be measured on.
+recall can be measured on. Then ``base`` finds out which of their layers look back further than 128 tokens
+(scripts/look_back.py): it is not the same ones after every training, not even of one seed. Arms with "local layers" run
+all the others through Lighthouse, or through the window.
 
 ``prepare`` writes OUTPUT/text, which can be carried to another machine (25 MB); ``run`` plants, shuffles by the seed,
 and runs one arm per GPU at a time. Killed and started again, it continues; finished arms, OUTPUT/results/ARM.json, are
@@ -77,6 +79,10 @@ RESULTS = REPOSITORY / "studies/results/time_to_loss"
 
 #: Held-out pieces that are scored after the last stage.
 SCORED = 36
+#: Held-out sequences that tell which layers of the base weights look back.
+LOOKED_AT = 64
+#: What ``base`` finds out about them, in OUTPUT.
+LOOK_BACK = "look_back.json"
 #: Quotes in the text that base weights are trained on.
 BASE_SHARE = 0.4
 #: Steps before the switch that the spike is measured from.
@@ -194,7 +200,9 @@ def study_settings(options: argparse.Namespace) -> dict[str, Any]:
     config = options.config.resolve()
     name = str(config.relative_to(REPOSITORY)) if config.is_relative_to(REPOSITORY) else str(config)
     settings = {"config": name, "overrides": options.overrides, "seq_len": options.seq_len, "steps": options.steps}
-    return settings if options.start is None else settings | {"start": start_settings(options.start)}
+    if options.start is not None:
+        settings |= {"start": start_settings(options.start)}
+    return settings if options.local_layers is None else settings | {"local_layers": options.local_layers}
 
 
 def start_settings(checkpoint: Path) -> dict[str, Any]:
@@ -275,7 +283,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=names, default=names, metavar="ARM", help=", ".join(names))
     parser.add_argument("--results", type=Path, help=f"report: default OUTPUT/results, else {RESULTS.name}'s")
     parser.add_argument("--level", type=float, help="report: seconds until this loss (default: dense's last)")
-    options = parser.parse_args(arguments, argparse.Namespace(overrides=overrides))
+    options = parser.parse_args(arguments, argparse.Namespace(overrides=overrides, local_layers=None))
     options.output = options.output.resolve()
     if options.command == "prepare":
         options.steps = options.steps or 960
@@ -300,7 +308,7 @@ def prepared_text(options: argparse.Namespace) -> Path:
 
 
 def train_base(options: argparse.Namespace) -> None:
-    """A dense model of short sequences, OUTPUT/base."""
+    """A dense model of short sequences, OUTPUT/base, and which of its layers look back, OUTPUT/look_back.json."""
     tokens, sequences, steps = options.base
     text = options.output / f"base-text-seed{options.seed}"
     recall.plant_and_shuffle(prepared_text(options), text, tokens, options.seed, BASE_SHARE)
@@ -310,7 +318,11 @@ def train_base(options: argparse.Namespace) -> None:
     settings += [f"--training.steps={steps}", f"--lr_scheduler.total_steps={steps}", "--checkpoint.keep_latest_k=2"]
     settings += ["--checkpoint.interval=1000", f"--debug.seed={options.seed}", "--metrics.log_freq=20"]
     command = launch.trainer_command(launch.one_node(1), [*settings, *options.overrides])
-    call(command, options.output / "base.log", devices()[0])
+    log_file, device = options.output / "base.log", devices()[0]
+    call(command, log_file, device)
+    words = ["--dataset=c4_local_validation", f"--dataset-path={text}", f"--sequences={LOOKED_AT}"]
+    find = [sys.executable, str(REPOSITORY / "scripts/look_back.py"), str(options.output / "base"), *words]
+    call([*find, f"--output={options.output / LOOK_BACK}"], log_file, device)
 
 
 def start_and_run(options: argparse.Namespace) -> None:
@@ -323,10 +335,12 @@ def start_and_run(options: argparse.Namespace) -> None:
     if options.start is not None:
         with exit_on_refusal("time_to_loss"):
             options.start = find_checkpoint(options.start.resolve())
+        found = options.output / LOOK_BACK
+        options.local_layers = json.loads(found.read_text())["layers"] if found.exists() else None
     by_name = {arm.name: arm for arm in ARMS}
     options.arms = [by_name[name] for name in dict.fromkeys(options.arms)]  # in the order that was asked for
     for arm in options.arms:
-        if reason := arm.cannot_run(options.seq_len):
+        if reason := arm.cannot_run(options.seq_len, options.local_layers):
             raise SystemExit(f"time_to_loss: {arm.name!r} cannot run here: {reason}")
     # Runs of other settings in the same folder would be mixed with these.
     study, settings = options.output / "study.json", study_settings(options)

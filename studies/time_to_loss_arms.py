@@ -43,8 +43,10 @@ class Arm:
     name: str
     stages: tuple[Stage, ...]
 
-    def cannot_run(self, seq_len: int) -> str | None:
+    def cannot_run(self, seq_len: int, local_layers: str | None = None) -> str | None:
         """Why this chain has no place in a study of ``seq_len`` tokens per sequence, and so per step."""
+        if not local_layers and any(LOCAL_LAYERS in stage.settings for stage in self.stages):
+            return "it needs weights whose local layers are known: run base in this --output, and name it, --start"
         for stage in self.stages:
             if stage.context is not None and seq_len % stage.context:
                 return f"stage {stage.name!r} has {stage.context:,} tokens per sequence, which must divide {seq_len:,}"
@@ -64,6 +66,8 @@ SOFTMAX_W512 = (*CAUSAL_W512, "--lighthouse.combine=softmax")
 WINDOW_ALONE = ("--lighthouse.selection=none", f"{LOCAL}1024")
 DENSE_EVERY = "--lighthouse.dense_every="
 KEEP_LOOKING_BACK = "--lighthouse.layers=0-6,8"
+#: Those of the base weights that do not look back, as ``base`` has found them: other weights, other layers.
+LOCAL_LAYERS = "--lighthouse.layers=LOCAL"
 ARMS = [
     Arm("dense", (Stage("dense", PARTS),)),
     Arm("published 10:6", two_stages("published", 10)),
@@ -164,14 +168,22 @@ ARMS = [
         )
         for top_k in (1024, 2048)
     ),
-    # Other base weights look back with other layers: of seed 2 with 0, 4, 7 and 9, above all with 4 and 7.
     *(
         Arm(
-            f"softmax W512 layers {name} 14:2",
-            two_stages(f"softmax-w512-{layers}", 14, *SOFTMAX_W512, f"--lighthouse.layers={layers}"),
+            f"softmax W512 local layers {parts}:{PARTS - parts}",
+            two_stages("softmax-w512-local-layers", parts, *SOFTMAX_W512, LOCAL_LAYERS),
         )
-        for name, layers in (("0-3 5-6 and 8-9", "0-3,5-6,8-9"), ("1-3 5-6 and 8", "1-3,5-6,8"))
+        for parts in (12, 14, 15)
     ),
+    Arm(
+        "softmax W512 local layers every 8th dense 14:2",
+        two_stages("softmax-w512-local-layers-every-8th", 14, *SOFTMAX_W512, LOCAL_LAYERS, f"{DENSE_EVERY}8"),
+    ),
+    Arm(
+        "window 1024 alone local layers every 8th dense 14:2",
+        two_stages("window-1024-local-layers-every-8th", 14, *WINDOW_ALONE, LOCAL_LAYERS, f"{DENSE_EVERY}8"),
+    ),
+    Arm("published local layers 10:6", two_stages("published-local-layers", 10, LOCAL_LAYERS)),
     Arm(
         "softmax W512 layers 0-6 and 8 every 8th dense 14:2",
         two_stages("softmax-w512-looking-back-every-8th", 14, *SOFTMAX_W512, KEEP_LOOKING_BACK, f"{DENSE_EVERY}8"),
@@ -221,6 +233,12 @@ class Run:
         return self.folder / "checkpoint"
 
 
+def trainer_settings(stage: Stage, options: argparse.Namespace) -> list[str]:
+    """The trainer's, with the layers that were found to be local."""
+    found = f"--lighthouse.layers={options.local_layers}"
+    return [found if setting == LOCAL_LAYERS else setting for setting in stage.settings]
+
+
 def runs_of(arm: Arm, options: argparse.Namespace) -> list[Run]:
     """The commands of an arm. Folders tell the chain so far: arms with the same beginning share it.
 
@@ -252,13 +270,13 @@ def runs_of(arm: Arm, options: argparse.Namespace) -> list[Run]:
             words = [f"--attention={attention}", f"--seq-len={context}", f"--total-steps={last}"]
             # It would be taken over from the stage before.
             scored = validate if is_scored else ["--validation.no-enable"]
-            changes = [*stage.settings, *scored, *options.overrides]
+            changes = [*trainer_settings(stage, options), *scored, *options.overrides]
             command = launch.resume_dense_command(start, folder, launch.one_node(1), changes, *words)
         else:
             settings = ["--job.config_file", str(options.config), f"--job.dump_folder={folder}"]
             settings += [f"--training.steps={last}", *common, f"--training.seq_len={context}"]
             settings += [f"--training.local_batch_size={options.seq_len // context}"]
-            settings += ["--lighthouse.no-enable"] if stage.lighthouse is None else stage.settings
+            settings += ["--lighthouse.no-enable"] if stage.lighthouse is None else trainer_settings(stage, options)
             settings += [] if options.start is None else [f"--checkpoint.initial_load_path={options.start}"]
             command = launch.trainer_command(
                 launch.one_node(1), [*settings, *(validate if is_scored else ()), *options.overrides]

@@ -32,12 +32,15 @@ SCORE = {
 def options(tmp_path):
     return argparse.Namespace(
         output=tmp_path, steps=960, seq_len=98304, seed=0, overrides=["--optimizer.lr=2e-3"], commit="abc", start=None,
+        local_layers="1-6,8",
         config=time_to_loss.REPOSITORY / "train_configs/32m_32k.toml",
     )  # fmt: skip
 
 
 def test_every_arm_is_sixteen_sixteenths_and_names_mean_one_thing():
-    assert all(sum(stage.parts for stage in arm.stages) == PARTS and arm.cannot_run(98304) is None for arm in ARMS)
+    assert all(
+        sum(stage.parts for stage in arm.stages) == PARTS and arm.cannot_run(98304, "0-6") is None for arm in ARMS
+    )
     settings = {}
     for stage in (stage for arm in ARMS for stage in arm.stages):
         what = stage.lighthouse, stage.context
@@ -127,6 +130,15 @@ def test_a_gentler_switch_is_a_stage_of_its_own(options):
     assert {"--lighthouse.layers=3-6", "--lighthouse.local_window=512", "--validation.no-enable"} < set(changes)
     own, _ = launch.split_overrides(last.command)
     assert {"--attention=dense", "--total-steps=960"} < set(own) and str(middle.checkpoints / "step-840") in own
+
+
+def test_local_layers_are_those_that_were_found(options):
+    arm = BY_NAME["softmax W512 local layers 14:2"]
+    first, last = runs_of(arm, options)
+    assert {"--lighthouse.layers=1-6,8", "--lighthouse.combine=softmax"} < set(first.command)
+    assert not any("LOCAL" in word for run in (first, last) for word in run.command)
+    assert time_to_loss.study_settings(options)["local_layers"] == "1-6,8"
+    assert "run base" in arm.cannot_run(98304) and arm.cannot_run(98304, "1-6,8") is None
 
 
 def test_steps_of_two_kinds_are_all_logged(options):
