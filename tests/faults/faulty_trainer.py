@@ -61,10 +61,11 @@ class FaultyTrainer(LighthouseTrainer):
             spoil(self._moments()[0], float("inf"))
         super().train_step(data_iterator)
 
-    def check_before_optimizer_step(self) -> None:
+    def forward_backward_step(self, **kwargs: Any) -> Tensor:
+        loss = super().forward_backward_step(**kwargs)
         if self._is_asked_for("gradient"):
             spoil(self._weight().grad)
-        super().check_before_optimizer_step()
+        return loss
 
     def end_step(self) -> None:
         super().end_step()

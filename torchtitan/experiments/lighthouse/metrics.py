@@ -161,6 +161,8 @@ def in_words(seconds: float) -> str:
 class LighthouseMetricsProcessor(MetricsProcessor):
     #: Of the text of the validation that goes on; the validator sets it, and all ranks ask together.
     bytes_per_token: Callable[[], float] | None = None
+    #: Before a step is logged; the trainer sets it. Upstream has just read the step's loss, so the device has it all.
+    before_log: Callable[[], None] = staticmethod(lambda: None)
     _logs = True
 
     def __init__(self, job_config: MergedConfig, parallel_dims: ParallelDims, tag: str | None = None) -> None:
@@ -192,6 +194,7 @@ class LighthouseMetricsProcessor(MetricsProcessor):
         extra_metrics: dict[str, Any] | None = None,
     ) -> None:
         """Upstream's, with tokens counted once (it adds up every rank of a sequence that is split) and the progress."""
+        self.before_log()
         extra_metrics = (extra_metrics or {}) | self._stage
         if "n_tokens_seen" in extra_metrics:
             extra_metrics["n_tokens_seen"] //= self.parallel_dims.cp

@@ -143,9 +143,9 @@ class LighthouseTrainer(seam.HookedTrainer):
         """Send this step's loss and gradient norm on their way to the host, and check those that have arrived.
 
         Waiting for this step's would leave the device idle until the next batch is there. So it is done only where
-        upstream waits too, before a step is logged, and before anything is saved.
+        upstream waits too, when a step is logged, with its update already on the way, and before anything is saved.
         """
-        numbers = torch.stack([torch.stack(self.step_losses).sum(), seam.gradient_norm(self)])
+        numbers = torch.stack([torch.stack(self.step_losses).sum(), self.gradient_norm])
         self.step_losses.clear()
         if isinstance(self.dataloader, StreamLoader):
             processor = cast(LighthouseMetricsProcessor, self.metrics_processor)
@@ -157,8 +157,6 @@ class LighthouseTrainer(seam.HookedTrainer):
             arrived.record()
         previous, self._unchecked = self._unchecked, (self.step, numbers, arrived)
         self._refuse_nonfinite(previous)
-        if self.metrics_processor.should_log(self.step):
-            self._refuse_nonfinite(self._unchecked)
 
     def check_before_save(self) -> None:
         self._saved_at = time.monotonic()
@@ -186,6 +184,8 @@ class LighthouseTrainer(seam.HookedTrainer):
         comm = self.job_config.comm
         patience = max(comm.init_timeout_seconds, comm.train_timeout_seconds)
         self._requests, self._saved_at = Requests(patience), time.monotonic()
+        processor = cast(LighthouseMetricsProcessor, self.metrics_processor)
+        processor.before_log = lambda: self._refuse_nonfinite(self._unchecked)
         if isinstance(self.dataloader, StreamLoader):
             # Upstream's count is that of one rank, and there may be another number of ranks now.
             if self.dataloader.resumed:

@@ -47,6 +47,9 @@ class HookedTrainer(upstream.Trainer):
     #: What of the optimizer is not as in the loaded checkpoint: setting, value there, value from now on.
     changed_settings: list[tuple[str, Any, Any]]
 
+    #: Of this step, before clipping; a scalar on the device.
+    gradient_norm: Tensor
+
     def check_before_build(self) -> None:
         """Before anything is built: the settings are there, no process group and no device yet."""
 
@@ -71,7 +74,8 @@ class HookedTrainer(upstream.Trainer):
         """After ``around_step``, before the step's checkpoint, if one is due, is written."""
 
     def check_before_optimizer_step(self) -> None:
-        """Gradients are there and clipped; ``step_losses`` holds the losses of the step's micro-batches."""
+        """Gradients are there and clipped; ``step_losses`` holds the losses of the step's micro-batches, and
+        ``gradient_norm`` the norm of all gradients before they were clipped, a scalar on the device."""
 
     def check_before_save(self) -> None:
         """Before every checkpoint is written."""
@@ -96,7 +100,7 @@ class HookedTrainer(upstream.Trainer):
         self.log_end()
 
     def train_step(self, data_iterator: Iterator[Batch]) -> None:
-        with self.around_step():
+        with self.around_step(), _gradient_norm_kept_by(self):
             super().train_step(data_iterator)
         self.end_step()
 
@@ -138,15 +142,23 @@ def on_host(batches: Iterable[Batch]) -> Iterator[Batch]:
         yield {name: tensor.as_subclass(HostTensor) for name, tensor in inputs.items()}, labels.as_subclass(HostTensor)
 
 
-def gradient_norm(trainer: upstream.Trainer) -> Tensor:
-    """The norm of all gradients, a scalar on the device. Upstream computes it too and hands it to no hook.
+@contextmanager
+def _gradient_norm_kept_by(trainer: HookedTrainer) -> Iterator[None]:
+    """Meanwhile, the norm that upstream computes in order to clip is kept, too: it hands it to no hook.
 
-    Upstream has clipped by now. A non-finite norm is still seen: clipping multiplies every gradient by max_norm/norm,
-    which leaves NaN wherever the norm came from.
+    To compute it once more would cost the host milliseconds in every step, and an exchange where there are other ranks.
     """
-    parameters = [p for part in trainer.model_parts for p in part.parameters()]
-    pp_mesh = trainer.parallel_dims.get_optional_mesh("pp")
-    return dist_utils.clip_grad_norm_(parameters, float("inf"), foreach=True, pp_mesh=pp_mesh)
+    clip = dist_utils.clip_grad_norm_
+
+    def clip_and_keep(*args: Any, **kwargs: Any) -> Tensor:
+        trainer.gradient_norm = clip(*args, **kwargs)
+        return trainer.gradient_norm
+
+    dist_utils.clip_grad_norm_ = clip_and_keep
+    try:
+        yield
+    finally:
+        dist_utils.clip_grad_norm_ = clip
 
 
 def tokens_seen_by_all(trainer: upstream.Trainer) -> int:
