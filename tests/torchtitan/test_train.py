@@ -19,14 +19,20 @@ from torchtitan.experiments.lighthouse.runs import lock
 from torchtitan.experiments.lighthouse.runs.settings import load_model, read_settings
 
 from helpers.launch import (
+    arguments,
     assert_same_position,
     assert_same_training_state,
     config_of,
     load_checkpoint,
     losses,
     metrics,
+    run_ranks,
     train,
 )
+
+#: The trainer with a stand-in for CUDA graphs.
+GRAPHED = Path(__file__).with_name("seams") / "cuda_graph_worker.py"
+RECORDED = "run as a CUDA graph from now on"
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +67,38 @@ def test_changed_optimizer_settings_take_effect_on_resume(baseline, tmp_path):
     before = load_checkpoint(baseline / "checkpoint/step-8", tmp_path / "before")
     name = "layers.0.attention.wq.weight"
     assert 0 < (state[name] - before[name]).abs().max() < 2.5e-4
+
+
+def test_a_recorded_step_trains_the_same(baseline, tmp_path):
+    """``training.cuda_graph``, with a stand-in for the graph: the same bits, also of a run that goes on."""
+    settings = {"training__local_batch_size": "2", "checkpoint__interval": "4", "training__cuda_graph": None}
+    for _ in range(2):
+        printed = run_ranks(GRAPHED, 1, *arguments(tmp_path, training__steps="8", **settings)).stdout
+        assert printed.count(RECORDED) == 1
+        assert_trained_the_same(tmp_path, baseline, 8)
+        shutil.rmtree(tmp_path / "checkpoint/step-8")
+
+
+def test_recorded_steps_of_two_kinds_accumulate(tmp_path):
+    """Dense steps among those through Lighthouse, two batches a step, and validation in between."""
+    settings = {
+        "training__steps": "5", "training__global_batch_size": "2", "lighthouse__dense_every": "2",
+        "validation__enable": None, "validation__seq_len": "1024", "validation__steps": "1", "validation__freq": "3",
+    }  # fmt: skip
+    plain, graphed = tmp_path / "plain", tmp_path / "graphed"
+    train(plain, **settings)
+    printed = run_ranks(GRAPHED, 1, *arguments(graphed, training__cuda_graph=None, **settings)).stdout
+    assert printed.count(RECORDED) == 2
+    assert_trained_the_same(graphed, plain, 5)
+
+
+def assert_trained_the_same(run: Path, other: Path, step: int) -> None:
+    """Every number of the log but times, memory and rates, and the last checkpoint."""
+    names = ("step", "loss", "grad_norm", "lr", "validation_loss", "dense")
+    ours, theirs = ([{name: r.get(name) for name in names} for r in metrics(folder)] for folder in (run, other))
+    assert ours == theirs and ours[-1]["step"] == step
+    saved = (load_checkpoint(folder / f"checkpoint/step-{step}", folder / "all") for folder in (run, other))
+    assert_same_training_state(*saved)
 
 
 def test_saves_come_by_minutes_too(tmp_path):

@@ -223,6 +223,12 @@ class Training(upstream.Training):
     min_document_chars: int = 0
     """Drop documents of fewer characters. They are counted and logged"""
 
+    cuda_graph: bool = False
+    """
+    Run forward and backward of a step as one CUDA graph, on one GPU: for small models, whose steps are bound by the
+    host. Losses and weights stay the same, to the bit. Its memory is not free for anything else, validation for example
+    """
+
     max_bad_records: int = 0
     """
     How many records without a usable text may be skipped in one pass over the files. They are logged. One more ends the

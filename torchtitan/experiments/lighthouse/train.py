@@ -12,7 +12,7 @@ use_cpu_without_accelerator()
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -39,6 +39,7 @@ from torchtitan.experiments.lighthouse.runs import contract, fingerprints, lock,
 from torchtitan.experiments.lighthouse.runs.records import METRICS_FILE, name_of, number_of, read_metrics, stage_of
 from torchtitan.experiments.lighthouse.runs.settings import complete, model_arguments
 from torchtitan.experiments.lighthouse.runs.stopping import Requests
+from torchtitan.experiments.lighthouse.seams import cuda_graph
 from torchtitan.experiments.lighthouse.seams import trainer as seam
 from torchtitan.experiments.lighthouse.seams.settings import main
 from torchtitan.tools.logging import logger
@@ -64,6 +65,7 @@ class LighthouseTrainer(seam.HookedTrainer):
         logger.info(console.first_line(self.job_config, world_size, device_name()))
         with as_refusal():
             check_degrees(self.job_config.parallelism, world_size)
+            cuda_graph.check(self.job_config, world_size, self.recorder.why_not())
             contract.check_context(self.job_config)
         check_tokenizer(self.job_config)
         sampling.check(self.job_config, build_tokenizer(self.job_config))
@@ -103,6 +105,9 @@ class LighthouseTrainer(seam.HookedTrainer):
         world_size = int(os.environ["WORLD_SIZE"])
         self._not_as_before = contract.check_resume(checkpoint, self.job_config, world_size, self._reads)
         self._compared = checkpoint
+
+    def kind_of_step(self) -> Hashable:
+        return self.job_config.lighthouse.is_dense_step(self.step)
 
     def around_step(self) -> AbstractContextManager[None]:
         """Dense attention in all layers, in the steps that ``lighthouse.dense_every`` names."""

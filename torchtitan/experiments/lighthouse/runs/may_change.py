@@ -52,6 +52,7 @@ RULES = {
     "training.max_bad_records": Rule.FREE,
     "training.dataloader": Rule.FREE,
     "training.enable_cpu_offload": Rule.FREE,
+    "training.cuda_graph": Rule.FREE,  # The result is the same to the bit.
     "training.gc_freq": Rule.FREE,
     "training.gc_debug": Rule.FREE,
     "model.print_after_conversion": Rule.FREE,

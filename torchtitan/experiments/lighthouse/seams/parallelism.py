@@ -50,3 +50,13 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def communication_streams(model: nn.Module) -> list[torch.cuda.Stream]:
+    """Those that FSDP uses beside the current one; after the first forward on a GPU."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if not isinstance(model, FSDPModule):
+        return []
+    context = model._get_fsdp_state()._comm_ctx
+    return [value for value in vars(context).values() if isinstance(value, torch.cuda.Stream)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -14,6 +14,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.experiments.lighthouse.job_config import MergedConfig
 from torchtitan.experiments.lighthouse.seams.console import DETAIL
+from torchtitan.experiments.lighthouse.seams.cuda_graph import CUDARecorder, GraphedForwardBackward, Recorder
 from torchtitan.experiments.lighthouse.seams.optimizer import apply_settings, settings_of
 from torchtitan.tools.logging import logger
 
@@ -47,6 +48,10 @@ class HookedTrainer(upstream.Trainer):
     #: What of the optimizer is not as in the loaded checkpoint: setting, value there, value from now on.
     changed_settings: list[tuple[str, Any, Any]]
 
+    #: What records the steps of ``training.cuda_graph``.
+    recorder: type[Recorder] = CUDARecorder
+    _graphed: GraphedForwardBackward | None = None
+
     #: Of this step, before clipping; a scalar on the device.
     gradient_norm: Tensor
 
@@ -65,6 +70,10 @@ class HookedTrainer(upstream.Trainer):
 
     def log_end(self) -> None:
         """After the last step, also where it was done already, with what it saves and validates."""
+
+    def kind_of_step(self) -> Hashable:
+        """Steps of one kind do the same; ``training.cuda_graph`` records each kind."""
+        return None
 
     def around_step(self) -> AbstractContextManager[None]:
         """Entered before the first micro-batch of ``step``, left after its update; validation is outside."""
@@ -88,6 +97,14 @@ class HookedTrainer(upstream.Trainer):
             super().__init__(job_config)
         self._optimizer_settings = settings_of(self.optimizers)
         self.optimizers.register_step_pre_hook(lambda *_: self.check_before_optimizer_step())
+        if job_config.training.cuda_graph:
+            (model,) = self.model_parts
+            self._graphed = GraphedForwardBackward(
+                super().forward_backward_step,
+                model,
+                self.recorder(model),
+                accumulates=self.gradient_accumulation_steps > 1,
+            )
         if self.parallel_dims.world_size == 1:
             # Upstream has just added autocast, and said so.
             logger.info("One device: mixed precision is handled by fully_shard after all, as on several", extra=DETAIL)
@@ -108,7 +125,10 @@ class HookedTrainer(upstream.Trainer):
         return super().should_continue_training() and not self.stopped_early
 
     def forward_backward_step(self, **kwargs: Any) -> Tensor:
-        loss = super().forward_backward_step(**kwargs)
+        if self._graphed is None:
+            loss = super().forward_backward_step(**kwargs)
+        else:
+            loss = self._graphed(self.kind_of_step(), kwargs)
         self.step_losses.append(loss.detach())
         return loss
 
