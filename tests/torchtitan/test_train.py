@@ -145,7 +145,8 @@ def test_gradient_accumulation_equals_a_larger_batch(baseline, tmp_path):
 
 def test_fsdp_trains_validates_and_resumes(tmp_path):
     """Two ranks, with activation checkpointing, compilation, deterministic mode and dense steps: stopped and resumed,
-    equal to the bit to a run that was not. Validation ends with the rank that has less text."""
+    now with layers offloaded, equal to the bit to a run that was not. Validation ends with the rank that has less
+    text."""
     text = Path(json.__file__).read_text()
     (tmp_path / "validation.jsonl").write_text("".join(json.dumps({"text": text[:n]}) + "\n" for n in (2200, 1100)))
     settings = {
@@ -174,7 +175,7 @@ def test_fsdp_trains_validates_and_resumes(tmp_path):
     assert f"Stage 1, step 3 of 4, sample: {'import ' + sample['sample']!r}\n" in printed
     assert printed.count("Stage 1 is complete") == printed.count("bits per byte (") + 1 == 1
     train(parts, 2, training__steps="2", **settings)
-    train(parts, 2, training__steps="4", **settings)
+    train(parts, 2, training__steps="4", **settings, activation_checkpoint__offload_layers="4")
     assert losses(whole) == losses(parts) and len(losses(whole)) == 4
     assert losses(whole)[4] < losses(whole)[1]
     validated = [record for record in metrics(whole) if "validation_loss" in record]

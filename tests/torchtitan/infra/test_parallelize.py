@@ -19,14 +19,14 @@ FLOAT32 = flags({name: value for name, value in SMALL.items() if not name.starts
         ((1, 1, 2), ["--parallelism.disable_loss_parallel"]),
         ((1, 1, 2), ["--parallelism.disable_loss_parallel", "--model.flavor=debug_gqa", *WINDOWED]),
         ((1, 1, 2), ["--parallelism.disable_loss_parallel", "--model.flavor=debug_gqa", *WINDOWED, MERGED]),
-        ((2, 2, 1), ["--activation_checkpoint.mode=full", *WINDOWED]),
+        ((2, 2, 1), ["--activation_checkpoint.mode=full", "--activation_checkpoint.offload_layers=3", *WINDOWED]),
     ],
     ids=[
         "FSDP 2",
         "TP 2",
         "TP 2, grouped heads, window",
         "the same, merged",
-        "HSDP 2x2, full activation checkpointing, window",
+        "HSDP 2x2, full activation checkpointing, offloaded, window",
     ],
 )
 def test_parallel_equals_one_process(layout, overrides):

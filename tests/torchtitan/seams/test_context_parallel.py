@@ -26,6 +26,7 @@ VALIDATED = {
 COMPILED_ON_TWO = {
     "parallelism__context_parallel_degree": "2", "compile__enable": None, "compile__backend": "aot_eager",
     "activation_checkpoint__mode": "selective", "activation_checkpoint__selective_ac_option": "op",
+    "activation_checkpoint__offload_layers": "2",
 }  # fmt: skip
 
 
@@ -38,7 +39,7 @@ def test_a_layer_equals_one_device(world_size):
 def test_a_whole_run_equals_one_device(tmp_path):
     """Same weights and data at 1, 2 and 4 ranks a sequence: the same losses, validation's too.
 
-    Two ranks compiled, with selective checkpointing; four with the ring. The second step is dense.
+    Two ranks compiled, with selective checkpointing and two layers offloaded; four with the ring. The second step is dense.
     """
     seed = tmp_path / "seed"  # random numbers on CPU depend on the layout, so all start from one checkpoint
     train(seed, **SPLIT, checkpoint__create_seed_checkpoint=None)
@@ -62,7 +63,7 @@ def test_a_whole_run_equals_one_device(tmp_path):
 
 
 def test_a_run_with_merged_parts_equals_one_device(tmp_path):
-    """Compiled, with selective checkpointing, between dense layers that run the ring."""
+    """Compiled, with selective checkpointing and two layers offloaded, between dense layers that run the ring."""
     split = SPLIT | {"lighthouse__combine": "softmax", "lighthouse__top_k": "512"}
     seed = tmp_path / "seed"
     train(seed, **split, checkpoint__create_seed_checkpoint=None)

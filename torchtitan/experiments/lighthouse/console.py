@@ -146,6 +146,7 @@ def _parallelism(config: MergedConfig, dims: ParallelDims) -> str:
             *(split or ["one device"]),
             f"{config.training.mixed_precision_param} products",
             f"activation checkpointing {config.activation_checkpoint.mode}",
+            *([f"{offloaded} layers offloaded"] if (offloaded := config.activation_checkpoint.offload_layers) else []),
             "compiled" if config.compile.enable else "not compiled",
         ]
     )

@@ -144,6 +144,15 @@ class Model(upstream.Model):
 
 
 @dataclass
+class ActivationCheckpoint(upstream.ActivationCheckpoint):
+    offload_layers: int = 0
+    """
+    So many layers, from the first on, keep their input in host memory instead of the GPU's until their backward (modes
+    "full" and "selective"); 0: none. Each takes tokens x dim x 2 bytes there. Losses and gradients are the same
+    """
+
+
+@dataclass
 class Metrics(upstream.Metrics):
     sample_freq: int = 0
     """
@@ -268,6 +277,7 @@ class JobConfig:
     llama: Llama = field(default_factory=Llama)
     metrics: Metrics = field(default_factory=Metrics)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
     training: Training = field(default_factory=Training)
     validation: Validation = field(default_factory=Validation)
     lighthouse: Lighthouse = field(default_factory=Lighthouse)
@@ -280,6 +290,7 @@ class MergedConfig(upstream.JobConfig):
     llama: Llama
     metrics: Metrics
     checkpoint: Checkpoint
+    activation_checkpoint: ActivationCheckpoint
     training: Training
     validation: Validation
     lighthouse: Lighthouse

@@ -77,6 +77,7 @@ RANGES = {
     "checkpoint.keep_latest_k": NOT_NEGATIVE,
     "checkpoint.load_step": Range(0, special=-1),
     "activation_checkpoint.memory_budget": SHARE,
+    "activation_checkpoint.offload_layers": NOT_NEGATIVE,
     "comm.init_timeout_seconds": COUNT,
     "comm.train_timeout_seconds": COUNT,
     "comm.trace_buf_size": NOT_NEGATIVE,

@@ -29,6 +29,7 @@ from torchtitan.experiments.lighthouse.data.checks import check_data
 from torchtitan.experiments.lighthouse.data.stream_loader import StreamLoader
 from torchtitan.experiments.lighthouse.data.tokenizer import build_tokenizer, check_ends
 from torchtitan.experiments.lighthouse.errors import Refused, as_refusal
+from torchtitan.experiments.lighthouse.infra.offload import check_host_memory, check_offload
 from torchtitan.experiments.lighthouse.job_config import MergedConfig, check_degrees
 from torchtitan.experiments.lighthouse.loss import Processed, with_labels
 from torchtitan.experiments.lighthouse.metrics import LighthouseMetricsProcessor
@@ -67,6 +68,9 @@ class LighthouseTrainer(seam.HookedTrainer):
             check_degrees(self.job_config.parallelism, world_size)
             cuda_graph.check(self.job_config, world_size, self.recorder.why_not())
             contract.check_context(self.job_config)
+        model = model_arguments(self.job_config)
+        check_offload(self.job_config, model.n_layers)
+        check_host_memory(self.job_config, model.dim, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
         check_tokenizer(self.job_config)
         sampling.check(self.job_config, build_tokenizer(self.job_config))
         check_data(self.job_config)

@@ -8,6 +8,7 @@ import torch
 from torchtitan.config import JobConfig
 from torchtitan.config.job_config import Parallelism
 from torchtitan.distributed import ParallelDims
+from torchtitan.experiments.lighthouse.infra.offload import offload_inputs
 from torchtitan.experiments.lighthouse.seams import context_parallel, parallelism
 from torchtitan.models.llama3 import parallelize_llama
 from torchtitan.tools.utils import device_type
@@ -39,6 +40,9 @@ def parallelize_lighthouse(
         parallelism.shard_on_one_device(model, parallel_dims, job_config.training)
     if device_type == "cpu":
         parallelism.sum_gradients_plainly(model)
+    # Upstream's own entry point knows the setting only where our settings are merged in.
+    if layers := getattr(job_config.activation_checkpoint, "offload_layers", 0):
+        offload_inputs(list(model.layers.values()), layers)
     return model
 
 
