@@ -39,7 +39,8 @@ def test_a_layer_equals_one_device(world_size):
 def test_a_whole_run_equals_one_device(tmp_path):
     """Same weights and data at 1, 2 and 4 ranks a sequence: the same losses, validation's too.
 
-    Two ranks compiled, with selective checkpointing and two layers offloaded; four with the ring. The second step is dense.
+    Two ranks compiled, with selective checkpointing and two layers offloaded; four with the ring. The second step is
+    dense.
     """
     seed = tmp_path / "seed"  # random numbers on CPU depend on the layout, so all start from one checkpoint
     train(seed, **SPLIT, checkpoint__create_seed_checkpoint=None)

@@ -26,6 +26,7 @@ ON = "--training.cuda_graph"
         (("--optimizer.early_step_in_backward",), 1, None, "optimizer.early_step_in_backward=true"),
         (("--model.converters=float8",), 1, None, "model.converters=['float8']"),
         (("--activation_checkpoint.mode=full",), 1, None, "activation_checkpoint.mode='full'"),
+        (("--activation_checkpoint.offload_layers=2",), 1, None, "activation_checkpoint.offload_layers=2"),
     ],
 )
 def test_what_does_not_go_with_a_graph_is_refused(overrides, world_size, why_not, said):

@@ -242,6 +242,10 @@ def check(config: MergedConfig, world_size: int, why_not: str | None) -> None:
             "optimizer.early_step_in_backward=true: the graph would repeat the learning rate of the recorded step",
         ),
         (
+            bool(checkpointing.offload_layers),
+            f"activation_checkpoint.offload_layers={checkpointing.offload_layers} copies beside the graph's stream",
+        ),
+        (
             bool(config.model.converters),
             f"model.converters={config.model.converters}: what they change after a step is not seen by the graph",
         ),
