@@ -4,8 +4,9 @@ A position has parts: of each level the selected entry that writes to it, and it
 of an attention, a row with the log-sum-exp of the scores that it is normalised by. As one softmax over all their keys,
 they are a mean of the rows, weighted by the softmax of their log-sum-exps.
 
-This needs an attention that returns log-sum-exps and has a gradient through them: on a GPU PyTorch's FlexAttention
-(``lighthouse.flex``), on other devices plain PyTorch.
+This needs an attention that returns log-sum-exps, and their gradient. On a GPU that is cuDNN and Flash
+(``lighthouse.parts``) in bfloat16 and float16. In float32, and for a sequence that is split over ranks, it is PyTorch's
+FlexAttention (``lighthouse.flex``), and on other devices plain PyTorch.
 """
 
 from __future__ import annotations
@@ -19,12 +20,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lighthouse import flex, gather_scatter
+from lighthouse import flex, gather_scatter, parts
 from lighthouse.backend import load_kernels
 from lighthouse.config import LighthouseConfig, ResolvedBackend
 from lighthouse.gather_scatter import entries_over, take_or_zero
-from lighthouse.local_window import in_blocks, joined
-from lighthouse.pyramid import accumulation_dtype
+from lighthouse.parts import Part, attend_plainly, attend_plainly_from_chunks
 from lighthouse.selection import Selection
 
 #: What FlexAttention's kernels take; everything else is plain PyTorch, which keeps the scores.
@@ -33,8 +33,6 @@ FLEX_LEAST_HEAD_DIM = 16
 
 #: Queries, keys and values of an attention.
 Rows = tuple[Tensor, Tensor, Tensor]
-#: What it returns: rows and their log-sum-exps.
-Part = tuple[Tensor, Tensor]
 NONE = (None, None)
 
 
@@ -57,6 +55,12 @@ def attend_and_merge(
         [B, H, N, D] in the dtype of the queries, differentiable once; 0 where a position has no part, which
         ``config.cover_start`` and a local window both rule out.
     """
+    if backend == "triton" and parts.takes(short[0]):
+        shape = (config.num_levels, config.pooling_factor)
+        merged: Tensor = _AttendAndMerge.apply(
+            *short, *(local or 3 * (None,)), selection.entry, selection.inverse_map, seq_len, shape, config.local_window
+        )
+        return merged
     return _compiled_if_fused(_attend_and_merge, short[0])(
         short,
         local,
@@ -165,51 +169,6 @@ def _merge(
     return merged
 
 
-def attend_plainly(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    window: int | None = None,
-    before: Sequence[Tensor] | None = None,
-    starts_every: int = 1,
-) -> tuple[Tensor, Tensor]:
-    """Causal attention over all positions, or over the last ``window``; scale 1/√D. It keeps the scores, in float32
-    (float64 for float64 inputs), whatever precision autocast would choose.
-
-    Args:
-        query: [B, H, M, D], any floating dtype.
-        key, value: [B, G, M, D] with G dividing H.
-        before, starts_every: with a window, as in ``lighthouse.local_window.attend_locally``.
-
-    Returns:
-        The rows, [B, H, M, D] in the dtype of ``query``, and their log-sum-exps, [B, H, M] in the dtype of the scores.
-    """
-    length = query.shape[2]
-    if window is not None and (window < length or before is not None):
-        queries, keys, values, mask = in_blocks(query, key, value, window, before, starts_every)
-        out, sums = _attend_under(mask, queries, keys, values)
-        return joined(out, query), joined(sums, query)
-    position = torch.arange(length, device=query.device)
-    return _attend_under(position[:, None] >= position, query, key, value)
-
-
-def attend_plainly_from_chunks(query: Tensor, key: Tensor, value: Tensor, held: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """``attend_from_chunks``, as ``attend_plainly``."""
-    length = query.shape[2] // len(held)
-    position = torch.cat([torch.arange(length, device=query.device) + chunk * length for chunk in held])
-    return _attend_under(position[:, None] >= torch.arange(key.shape[2], device=query.device), query, key, value)
-
-
-def _attend_under(mask: Tensor, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    wide, per_group = accumulation_dtype(query.dtype), query.shape[1] // key.shape[1]
-    with torch.autocast(query.device.type, enabled=False):
-        keys, values = (rows.to(wide).repeat_interleave(per_group, dim=1) for rows in (key, value))
-        scores = query.to(wide) @ keys.transpose(-1, -2) / math.sqrt(query.shape[-1])
-        scores = scores.masked_fill(~mask, -math.inf)
-        sums = scores.logsumexp(-1)
-        return ((scores - sums[..., None]).exp() @ values).to(query.dtype), sums
-
-
 class _Merge(torch.autograd.Function):
     """The merge of a position's parts, and its gradient.
 
@@ -284,6 +243,56 @@ class _Merge(torch.autograd.Function):
             less = torch.stack([(w * by_result[:, :, :reach]).sum(2) for w, reach in written], dim=2)
             halo_sums_grad = (halo_grad * halo).sum(-1) - less
         return rows_grad, sums_grad, near_grad, near_sums_grad, halo_grad, halo_sums_grad, *[None] * 5
+
+
+class _AttendAndMerge(torch.autograd.Function):
+    """Both attentions, ``_Merge`` and the gradients of all three, by attentions whose log-sum-exps have no gradient.
+
+    As in ``_Merge``, the row of part i has the gradient w_i·g, and its log-sum-exp w_i·g·(o_i − y). So the δ of its
+    attention (``lighthouse.parts``) is w_i·g·o_i − w_i·g·(o_i − y) = w_i·g·y.
+
+    The window's backward is given g, y in place of the row, and the log-sum-exp of the whole: its keys then have their
+    weights in the whole, which are w_i times those in the window. An entry has the sums of w_i·g and of w_i·g·y over
+    the positions that it writes to, and a row that is chosen so that its product with the one is the other. Neither
+    needs the rows of the two attentions, which are not kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        near_query: Tensor | None,
+        near_key: Tensor | None,
+        near_value: Tensor | None,
+        entry: Tensor,
+        inverse_map: Tensor,
+        seq_len: int,
+        shape: tuple[int, int],
+        window: int,
+    ) -> Tensor:
+        kernels = load_kernels()
+        rows, sums = kernels.attend_short(query, key, value)
+        near = NONE if near_query is None else kernels.attend_window(near_query, near_key, near_value, window)
+        result, whole = kernels.merge(rows, sums, *near, inverse_map, seq_len, *shape)
+        ctx.save_for_backward(query, key, value, sums, near_query, near_key, near_value, result, whole, entry)
+        ctx.shape, ctx.window = shape, window
+        merged: Tensor = result
+        return merged
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, sums, near_query, near_key, near_value, result, whole, entry = ctx.saved_tensors
+        kernels = load_kernels()
+        pooled, chosen = kernels.merge_backward(grad, result, whole, sums, entry, *ctx.shape)
+        grads = kernels.attend_backward(pooled, query, key, value, chosen, sums, None)
+        near_grads: tuple[Tensor | None, ...] = 3 * (None,)
+        if near_query is not None:
+            near = (near_query, near_key, near_value)
+            near_grads = kernels.attend_backward(grad, *near, result, whole, ctx.window)
+        return *grads, *near_grads, *[None] * 5
 
 
 def _as_dtype(dtype: torch.dtype, rows: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """The registered operators: what they compute, their fakes and their gradients.
 
-Each takes as many launches as its kernels need and no other operator of torch. The functions with an underscore are
-what runs; the operators stand below them under the name without it.
+Each takes as many launches as its kernels need and no other operator of torch. Only the attentions are torch's own: as
+operators, the choice among torch's kernels is no part of a graph, and checkpointing can name them. The functions with
+an underscore are what runs; the operators stand below them under the name without it.
 """
 
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lighthouse import parts
 from lighthouse.gather_scatter import halo_backward, where_missing
 from lighthouse.kernels.common import empty, operator
 from lighthouse.kernels.gather_scatter import empty_long, empty_short, pool, spread
+from lighthouse.kernels.merging import empty_merged, merge_rows, merge_rows_backward
 from lighthouse.kernels.scorers import norm_scores
 from lighthouse.kernels.selection import empty_entries, order_entries, pick_parents
-from lighthouse.pyramid import level_offsets
+from lighthouse.pyramid import accumulation_dtype, level_offsets
 
 
 def _select_by_norms(
@@ -183,6 +186,78 @@ gather_three = operator(
 _GATHER_THREE_BACKWARD = operator(_gather_three_backward, _fake_gather_three_backward)
 _SCATTER = operator(_scatter, _fake_scatter, setup_context=_setup_scatter, backward=_differentiate_scatter)
 _SCATTER_BACKWARD = operator(_scatter_backward, _fake_scatter_backward)
+
+
+def _attend_short(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """``lighthouse.parts.attend`` over all positions: [B, H, S, D] and [B, H, S]."""
+    return parts.attend(query, key, value)
+
+
+def _fake_attend_short(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    return empty_short(query, query.shape[2]), _empty_sums(query)
+
+
+def _attend_window(query: Tensor, key: Tensor, value: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """The same over the last ``window`` positions."""
+    return parts.attend(query, key, value, window)
+
+
+def _fake_attend_window(query: Tensor, key: Tensor, value: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    return parts.stored_as(query), _empty_sums(query)
+
+
+def _attend_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor, window: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``lighthouse.parts.differentiate``: of ``attend_short``, and with a window of ``attend_window``."""
+    return parts.differentiate(grad, query, key, value, out, sums, window)
+
+
+def _fake_attend_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor, window: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    if window is None:
+        return empty(query, *query.shape), empty(key, *key.shape), empty(value, *value.shape)
+    return parts.stored_as(query), parts.stored_as(key), parts.stored_as(value)
+
+
+def _empty_sums(rows: Tensor) -> Tensor:
+    return empty(rows, *rows.shape[:3], dtype=accumulation_dtype(rows.dtype))
+
+
+def _merge(
+    rows: Tensor, sums: Tensor, near: Tensor | None, near_sums: Tensor | None, inverse_map: Tensor, seq_len: int,
+    num_levels: int, pooling_factor: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The merge of each position's parts, [B, H, N, D], and the log-sum-exp over all of them, [B, H, N]."""
+    return merge_rows(rows, sums, near, near_sums, inverse_map, seq_len, num_levels, pooling_factor)
+
+
+def _fake_merge(
+    rows: Tensor, sums: Tensor, near: Tensor | None, near_sums: Tensor | None, inverse_map: Tensor, seq_len: int,
+    *_: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return empty_merged(rows, seq_len)
+
+
+def _merge_backward(
+    grad: Tensor, result: Tensor, whole: Tensor, sums: Tensor, entry: Tensor, num_levels: int, pooling_factor: int
+) -> tuple[Tensor, Tensor]:
+    """What ``attend_backward`` takes for the short sequence as ``grad`` and as ``out``, [B, H, S, D] each."""
+    return merge_rows_backward(grad, result, whole, sums, entry, num_levels, pooling_factor)
+
+
+def _fake_merge_backward(
+    grad: Tensor, result: Tensor, whole: Tensor, sums: Tensor, entry: Tensor, *_: Any
+) -> tuple[Tensor, Tensor]:
+    return empty_short(grad, entry.shape[-1]), empty_short(grad, entry.shape[-1])
+
+
+attend_short = operator(_attend_short, _fake_attend_short)
+attend_window = operator(_attend_window, _fake_attend_window)
+attend_backward = operator(_attend_backward, _fake_attend_backward)
+merge = operator(_merge, _fake_merge)
+merge_backward = operator(_merge_backward, _fake_merge_backward)
 
 
 def gather_backward(

@@ -11,10 +11,11 @@ import torch
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from helpers.cases import make, random_rows
-from lighthouse import gather_scatter, kernels, lighthouse_attention, select
+from lighthouse import gather_scatter, kernels, lighthouse_attention, merging, select
+from lighthouse.gather_scatter import entries_over
 from lighthouse.kernels.common import launch
 from lighthouse.kernels.scorers import norm_scores as norm_scores_kernel
-from lighthouse.pyramid import level_lengths, pool_scores
+from lighthouse.pyramid import accumulation_dtype, level_lengths, level_offsets, pool_scores
 from lighthouse.scorers import norm_scores
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -192,6 +193,92 @@ def test_a_very_wide_tile_still_finds_its_parents():
         assert torch.equal(got.entry.cpu(), expected.entry)
 
 
+@pytest.mark.parametrize("heads", [4, 1])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("seq_len", "num_levels", "pooling_factor", "near"), [(192, 3, 2, True), (272, 2, 16, False)])
+def test_merge_and_what_its_backward_hands_on(seq_len, num_levels, pooling_factor, near, dtype, heads):
+    """Against ``lighthouse.merging`` in float64, from the same rounded rows. What is handed on for an entry is Σ w·g,
+    the gradient of its row, and a row whose product with it is Σ w·g·y, each over the positions that it writes to.
+
+    Few entries: without a window there are positions without any part. Log-sum-exps are up to hundreds apart.
+    """
+    batch, groups, selected, head_dim = 2, max(1, heads // 2), 48, 12
+    shape = (num_levels, pooling_factor)
+    offsets = level_offsets(seq_len, *shape)
+    chosen = torch.rand(batch, groups, offsets[-1], generator=torch.Generator().manual_seed(0)).argsort(-1)
+    entry = chosen[..., :selected].int()
+    slots = torch.arange(selected, dtype=torch.int32).expand(entry.shape)
+    inverse_map = torch.full(chosen.shape, -1, dtype=torch.int32).scatter(-1, entry.long(), slots).to(DEVICE)
+    level = torch.searchsorted(torch.tensor(offsets), entry, right=True) - 1
+    level, entry = level.to(torch.int8).to(DEVICE), entry.to(DEVICE)
+    wide = accumulation_dtype(dtype)
+    rows, long, grad = (
+        random_rows(batch, n, heads, head_dim, seed=seed, dtype=dtype, device=DEVICE).transpose(1, 2)
+        for n, seed in ((selected, 1), (seq_len, 2), (seq_len, 3))
+    )
+    sums, long_sums = (100 * random_rows(*x.shape[:3], seed=4, dtype=wide, device=DEVICE) for x in (rows, long))
+    part = (long, long_sums) if near else (None, None)
+    result, whole = kernels.merge(rows, sums, *part, inverse_map, seq_len, *shape)
+
+    leaf = rows.double().requires_grad_()
+    maps = (level, entry, inverse_map)
+
+    def merged(values, others):
+        beside = (others, long_sums.double()) if near else None
+        return merging._merge((values, sums.double()), beside, None, maps, (seq_len, *shape), False)
+
+    exact = merged(leaf, long.double())
+    magnitude = merged(rows.double().abs(), long.double().abs())
+    # A weight's logarithm has a rounding of the log-sum-exps, which are up to 400.
+    slack = 400 * (2**-53 if dtype == torch.float64 else 2**-24)
+    assert result.dtype == dtype and whole.dtype == wide and result.transpose(1, 2).is_contiguous()
+    error = (result.double() - exact.detach()).abs()
+    assert (error <= error_allowed(exact.detach(), magnitude, dtype) + slack * magnitude).all()
+    if not near:
+        empty = entries_over(inverse_map, seq_len, *shape, written=True)
+        empty = torch.stack([slot < 0 for _, slot in empty]).all(0).repeat_interleave(heads // groups, dim=1)
+        assert empty.any() and not result[empty].any() and (whole[empty] == -torch.inf).all()
+
+    def summed(values):  # over the positions that an entry writes to, by its weights
+        return torch.autograd.grad(exact, leaf, values, retain_graph=True)[0]
+
+    pooled, other = kernels.merge_backward(grad, result, whole, sums, entry, *shape)
+    assert pooled.dtype == other.dtype == dtype and pooled.is_contiguous() and other.is_contiguous()
+    size = summed(grad.double().abs())
+    error = (pooled.double() - summed(grad.double())).abs()
+    assert (error <= error_allowed(summed(grad.double()), size, dtype) + slack * size).all()
+    product, size = (summed(x).sum(-1) for x in (grad.double() * result, (grad.double() * result).abs()))
+    error = ((pooled.double() * other).sum(-1) - product).abs()
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    assert (error <= error_allowed(product, size, dtype) + slack * size + smallest * pooled.abs().sum(-1)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_other_row_of_gradients_of_any_size(dtype):
+    """Gradients whose squares overflow or vanish; two that nearly cancel, so that their product with y is large beside
+    their sum; zero; and in float16 a row that would be larger than any number."""
+    size = 1e-4 if dtype == torch.float16 else 1e-30
+    direction = random_rows(1, 1, 1, 8, seed=1, device=DEVICE).sign()
+    one, below, zero = direction, -(1 - 2**-7) * direction, 0 * direction
+    pairs = [(one, one), (one, below), (zero, zero)]
+    merged = torch.cat([direction, -direction], dim=2).repeat(1, 1, 3, 1).to(dtype)
+    entry = torch.tensor([[[8, 9, 10]]], dtype=torch.int32, device=DEVICE)  # level 1, p = 2: positions 1 to 6
+    sums, whole = torch.zeros(1, 1, 3, device=DEVICE), torch.zeros(1, 1, 8, device=DEVICE)
+    result = torch.nn.functional.pad(merged, (0, 0, 1, 1))
+    for scale in (1.0, size, 1 / size):
+        grad = torch.nn.functional.pad(scale * torch.cat([x for pair in pairs for x in pair], dim=2), (0, 0, 1, 1))
+        pooled, other = kernels.merge_backward(grad.to(dtype), result, whole, sums, entry, 2, 2)
+        product = (pooled.double() * other.double()).sum(-1)[0, 0]
+        exact = (grad.to(dtype).double() * result).sum(-1)[0, 0, 1:7].unflatten(0, (3, 2)).sum(-1)
+        torch.testing.assert_close(product, exact, rtol=torch.finfo(dtype).eps, atol=1e-6 * abs(exact[1].item()))
+        assert pooled[0, 0, :2].all() and not other[0, 0, 2].any()
+    if dtype == torch.float16:
+        grad[:, :, 3], grad[:, :, 4] = 1e4, -1e4 + 8
+        result[:, :, 3], result[:, :, 4] = 6e4, -6e4
+        _, other = kernels.merge_backward(grad.to(dtype), result, whole, sums, entry, 2, 2)
+        assert other.isfinite().all() and other[0, 0, 1].max() == torch.finfo(dtype).max
+
+
 def test_operators_are_registered_properly():
     """Fake implementations agree with the real ones in shape, dtype and strides; nothing is aliased or mutated."""
     config, seq_len, entry, inverse_map = selection_of((256, 2, 2, 128))
@@ -202,6 +289,9 @@ def test_operators_are_registered_properly():
     leaves = [x.clone().requires_grad_() for x in (query, key, key)]
     short_key = random_rows(1, 1, entry.shape[-1], 8, seed=1, device=DEVICE)
     scores = random_rows(2, 1, 1, seq_len // 2, device=DEVICE).abs()
+    sums, whole = (random_rows(*x.shape[:3], device=DEVICE) for x in (short, query))
+    # A GPU's attentions take no float32.
+    rows = [x if INTERPRETED else x.bfloat16() for x in (query, key, short, short_key)]
     scatter = torch.ops.lighthouse.scatter.default
     gather_three_backward = torch.ops.lighthouse.gather_three_backward.default
     for operator, arguments in (
@@ -215,6 +305,12 @@ def test_operators_are_registered_properly():
         (scatter, (short.clone().requires_grad_(), inverse_map, seq_len, *shape, None, None)),
         (scatter, (short, inverse_map, seq_len, *shape, None, leaves[0])),
         (torch.ops.lighthouse.scatter_backward.default, (query, inverse_map, entry.shape[-1], *shape)),
+        (kernels.attend_short, (rows[2], rows[3], rows[3])),
+        (kernels.attend_window, (rows[0], rows[1], rows[1], 128)),
+        (kernels.attend_backward, (rows[2], rows[2], rows[3], rows[3], rows[2], sums, None)),
+        (kernels.attend_backward, (rows[0], rows[0], rows[1], rows[1], rows[0], whole, 128)),
+        (kernels.merge, (short, sums, query, whole, inverse_map, seq_len, *shape)),
+        (kernels.merge_backward, (query, query, whole, sums, entry, *shape)),
     ):
         torch.library.opcheck(operator, arguments)
 
@@ -305,12 +401,13 @@ def test_forward_and_backward_run_as_a_cuda_graph(groups):
         assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("window", [0, 128])
+@pytest.mark.parametrize(("combine", "window"), [("sum", 0), ("sum", 128), ("softmax", 128)])
 @pytest.mark.parametrize("selective", [False, True], ids=["full", "selective"])
-def test_compiled_checkpointing_keeps_what_it_is_told(selective, window):
+def test_compiled_checkpointing_keeps_what_it_is_told(selective, combine, window):
     """Fully checkpointed, only the input: the partitioner keeps no operator's result. Selectively, the gathered rows
-    and the selection, as ``WORTH_SAVING`` says, and nothing N-sized beside the input."""
-    config, seq_len = make(512, 3, 2, 128, backend="triton", local_window=window)
+    and the selection, as ``WORTH_SAVING`` says, and nothing N-sized beside the input. With ``softmax`` the rows of the
+    short attention and their log-sum-exps, too."""
+    config, seq_len = make(512, 3, 2, 128, backend="triton", local_window=window, combine=combine)
     project = torch.nn.Linear(16, 16, bias=False, device=DEVICE)
 
     def layer(x):
@@ -329,7 +426,8 @@ def test_compiled_checkpointing_keeps_what_it_is_told(selective, window):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
         out = compiled(x)
     # Beside it the weight, and the generator's state that SDPA's dropout would need.
-    gathered = 3 * 16 * config.selected_length(seq_len) if selective else 0
+    columns = 3 * 16 + (16 + 2 if combine == "softmax" else 0)
+    gathered = columns * config.selected_length(seq_len) if selective else 0
     floats = sum(t.numel() for t in kept if t.is_floating_point())
     assert gathered <= floats <= x.numel() + 2 * project.weight.numel() + gathered
     (ours,) = torch.autograd.grad(out.sum(), x)

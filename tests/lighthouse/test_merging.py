@@ -13,8 +13,10 @@ from lighthouse import (
     LighthouseConfig,
     attend_selected,
     flex,
+    kernels,
     lighthouse_attention,
     merging,
+    parts,
     select,
 )
 
@@ -180,7 +182,7 @@ def test_bfloat16_is_as_good_as_its_attention(on, monkeypatch):
 
     wide = [x.double() for x in (*inputs, grad)]
     got, exact = run(*inputs, config, grad, selected), run(*wide[:3], config, wide[3], selected)
-    attend = merging.attend_plainly
+    attend = parts.attend_plainly
 
     def rounded(query, key, value, window=None):
         rows = [x.to(dtype) for x in (query, key, value)]
@@ -191,7 +193,7 @@ def test_bfloat16_is_as_good_as_its_attention(on, monkeypatch):
         return out.double(), attend(*(x.double() for x in rows), window)[1]
 
     monkeypatch.setattr(merging, "attend_plainly", rounded)
-    stock = run(*wide[:3], config, wide[3], selected)
+    stock = run(*wide[:3], replace(config, backend="torch"), wide[3], selected)
     for ours, want, other, roundings in zip(got, exact, stock, (1, 3, 3, 3), strict=True):
         assert ours.dtype == dtype
         budget = 2 * (other - want).norm() + roundings * torch.finfo(dtype).eps / 2 * want.norm()
@@ -321,7 +323,7 @@ class TestFlex:
         rows = qkv(300, heads=4, groups=2, dtype=torch.float32)
         compiled = torch.compile(flex.attend, fullgraph=True, backend="aot_eager")
         with torch.no_grad():
-            for got, want in zip(compiled(*rows, window), merging.attend_plainly(*rows, window), strict=True):
+            for got, want in zip(compiled(*rows, window), parts.attend_plainly(*rows, window), strict=True):
                 torch.testing.assert_close(got, want)
 
     @pytest.mark.parametrize("starts_every", [0, 2])
@@ -330,8 +332,8 @@ class TestFlex:
         held = qkv(1200, heads=4, groups=2, dtype=torch.float32)
         held[0] = held[0][:, :, :600]
         calls = [
-            (flex.attend, merging.attend_plainly, (*rows, 128, before[1:], starts_every)),
-            (flex.attend_from_chunks, merging.attend_plainly_from_chunks, (*held, (1, 2))),
+            (flex.attend, parts.attend_plainly, (*rows, 128, before[1:], starts_every)),
+            (flex.attend_from_chunks, parts.attend_plainly_from_chunks, (*held, (1, 2))),
         ]
         for fused, plain, arguments in calls:
             with torch.no_grad():
@@ -343,12 +345,81 @@ class TestFlex:
 def test_plain_attention_has_the_gradients_of_its_definition():
     """Through its rows and its log-sum-exps, in blocks, against finite differences."""
     rows = [x.requires_grad_() for x in qkv(20, heads=2, groups=1, head_dim=2)]
-    torch.autograd.gradcheck(lambda *x: merging.attend_plainly(*x, 8), rows, fast_mode=True)
-    out, sums = merging.attend_plainly(*rows, 8)
+    torch.autograd.gradcheck(lambda *x: parts.attend_plainly(*x, 8), rows, fast_mode=True)
+    out, sums = parts.attend_plainly(*rows, 8)
     assert out.shape == (1, 2, 20, 2)
     query, key = (x.detach()[0, head] for x, head in zip(rows, (1, 0), strict=False))
     expected = torch.stack([(key[max(0, t - 7) : t + 1] @ query[t] / 2**0.5).exp().sum().log() for t in range(20)])
     torch.testing.assert_close(sums[0, 1], expected)
+
+
+@pytest.mark.parametrize("window", [None, 96, 512])
+@pytest.mark.parametrize(("heads", "groups"), [(4, 2), (1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+class TestParts:
+    """What takes the place of FlexAttention where nothing is split: the kernels of a GPU, plain PyTorch on a CPU."""
+
+    @staticmethod
+    def rows(dtype, heads, groups):
+        """Query, key, value and two gradients in one dtype, on a device that takes it."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda" and dtype not in (torch.bfloat16, torch.float16):
+            pytest.skip("for FlexAttention")
+        rows = [x.to(device) for x in qkv(320, heads=heads, groups=groups, head_dim=32, batch=2, dtype=dtype)]
+        grad = random_rows(2, heads, 320, 32, seed=9, dtype=dtype, device=device)
+        assert parts.takes(rows[0])
+        return rows, grad, random_rows(2, heads, 320, seed=10, dtype=torch.float64, device=device)
+
+    def test_rows_and_log_sum_exps(self, dtype, heads, groups, window):
+        rows, *_ = self.rows(dtype, heads, groups)
+        exact = parts.attend_plainly(*(x.double() for x in rows), window)
+        out, sums = parts.attend(*rows, window)
+        assert out.dtype == dtype and sums.dtype == torch.promote_types(dtype, torch.float32)
+        eps = torch.finfo(dtype).eps
+        # Weights and rows are rounded.
+        torch.testing.assert_close(out.double(), exact[0], rtol=8 * eps, atol=2 * eps * rows[2].abs().max().item())
+        torch.testing.assert_close(sums.double(), exact[1], rtol=0, atol=64 * torch.finfo(sums.dtype).eps)
+
+    def test_a_gradient_of_log_sum_exps_goes_in_by_other_rows(self, dtype, heads, groups, window):
+        """Instead of the rows, others whose product with the gradient is smaller by that of the log-sum-exp. They are
+        rounded, and with them a part of the gradients: what ``out`` adds. In float32 scores have roundings, too."""
+        rows, grad, sums_grad = self.rows(dtype, heads, groups)
+        wide = [x.double().requires_grad_() for x in rows]
+        exact, exact_sums = parts.attend_plainly(*wide, window)
+        expected = torch.autograd.grad([exact, exact_sums], wide, [grad.double(), sums_grad])
+        wide, exact, exact_sums = [x.detach() for x in wide], exact.detach(), exact_sums.detach()
+        product = (exact * grad).sum(-1) - sums_grad
+        other = product[..., None] * grad.double() / grad.double().square().sum(-1, keepdim=True)
+        sums = parts.attend(*rows, window)[1]
+        got = parts.differentiate(grad, *rows, other.to(dtype), sums, window)
+        without = parts.differentiate_plainly(grad.double(), *wide, 0 * exact, exact_sums, window)
+        for ours, want, less in zip(got, expected, without, strict=True):
+            assert ours.dtype == dtype
+            size = want.norm() + (want - less).norm()
+            roundings = 2 if dtype in (torch.bfloat16, torch.float16) else 8
+            assert (ours.double() - want).norm() <= roundings * torch.finfo(dtype).eps * size
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("window", [None, 64])
+def test_torch_has_the_attentions_of_a_gpu(window, strict, monkeypatch):
+    """Their signatures, by their forms without data. What they return is stored as the operators announce."""
+    query, key = (torch.empty(2, 256, n, 64, dtype=torch.bfloat16, device="meta").transpose(1, 2) for n in (4, 2))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    torch.use_deterministic_algorithms(True, warn_only=not strict)
+    real = parts.attend(query, key, key, window)
+    grads = parts.differentiate(real[0], query, key, key, *real, window)
+    monkeypatch.undo()
+    fake = kernels.attend_short(query, key, key) if window is None else kernels.attend_window(query, key, key, window)
+    fake = [*fake, *kernels.attend_backward(query, query, key, key, query, fake[1], window)]
+    for ours, announced in zip((*real, *grads), fake, strict=True):
+        assert (ours.shape, ours.dtype, ours.stride()) == (announced.shape, announced.dtype, announced.stride())
+
+
+def test_without_cudnn_it_is_the_same(on, monkeypatch):
+    monkeypatch.setattr(parts, "BY_CUDNN", False)
+    config, _ = make(256, 2, 2, 128, combine="softmax", local_window=128, backend=on["backend"])
+    compare(qkv(256, heads=4, groups=2, head_dim=8), config, on)
 
 
 @pytest.mark.gpu
