@@ -137,6 +137,7 @@ def draw(results: list[dict[str, Any]], file: Path) -> None:
     import matplotlib.pyplot as plt
 
     names = [name for name in dict.fromkeys(result["arm"] for result in results) if name != "dense"]
+    seeds = sorted({result["seed"] for result in results})
     height = 5 + 0.2 * len(results)  # the legend, below, has a line for each
     figure, axes = plt.subplots(figsize=(9, height), dpi=110, layout="constrained")
     for result in sorted(results, key=lambda one: one["held_out"]):
@@ -147,18 +148,19 @@ def draw(results: list[dict[str, Any]], file: Path) -> None:
             nth = names.index(name)
             style = {"color": f"C{nth % 10}", "marker": "os^Dv"[nth // 10 % 5]}
         label = f"{name}{f', seed {seed}' if seed else ''}: {result['held_out']:.3f}, {result['seconds']:.0f} s"
-        style |= {"linestyle": "--" if seed else "-", "linewidth": 1.4, "markersize": 3, "label": label}
+        line = ("-", "--", "-.", ":")[seeds.index(seed) % 4]
+        style |= {"linestyle": line, "linewidth": 1.4, "markersize": 3, "label": label}
         seconds, losses = [point[1] for point in curve], [point[2] for point in curve]
         axes.plot(seconds, losses, **style)
         axes.plot(seconds[-1], losses[-1], color=style["color"], marker=style["marker"], markersize=8)
         if name == "dense":
-            axes.axhline(result["held_out"], color="grey", linestyle="--" if seed else ":", linewidth=1)
+            axes.axhline(result["held_out"], color="grey", linestyle=line, linewidth=0.7)
     # Around where the arms end: the first steps would squeeze the rest.
     ends = [result["held_out"] for result in results]
     room = max(0.03, max(ends) - min(ends))
     axes.set(xlim=(0, None), ylim=(min(ends) - room / 3, max(ends) + 2 * room))
     axes.set(xlabel="training seconds, one GPU", ylabel="held-out loss in dense stages, nats per byte")
-    about = "A curve begins in its arm's dense stage. Large: the end of an arm. Dotted: dense's last loss"
+    about = "A curve begins in its arm's dense stage. Large: the end of an arm. Thin: dense's last loss"
     axes.set_title(about, fontsize=10, loc="left")
     axes.grid(alpha=0.25)
     figure.legend(loc="outside lower left", frameon=False, fontsize=8)
