@@ -63,8 +63,7 @@ def main() -> None:
         torch.set_flush_denormal(True)  # results that no kernel wrote
     from triton.runtime.jit import KernelInterface
 
-    from lighthouse import LighthouseConfig, lighthouse_attention
-    from lighthouse.attention import causal_attention
+    from lighthouse import LighthouseConfig, causal_attention, lighthouse_attention
 
     if options.without_kernels:
         KernelInterface.__getitem__ = lambda kernel, grid: lambda *arguments, **constants: None

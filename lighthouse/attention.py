@@ -5,34 +5,24 @@ The functions stand in the order in which the method runs; docs/method.md states
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lighthouse import gather_scatter
 from lighthouse.backend import load_kernels
 from lighthouse.config import LighthouseConfig, ResolvedBackend
+from lighthouse.inner_attention import AttentionName, InnerAttention, check_package, resolve
 from lighthouse.local_window import attend_locally, turned
 from lighthouse.merging import Rows, attend_and_merge
 from lighthouse.selection import Selection, check_shapes, select
 
-#: Causal attention over [B, H, S, D] and [B, G, S, D]; called with ``enable_gqa=True`` where G < H.
-InnerAttention = Callable[..., Tensor]
-
 #: A rotary embedding: takes rows [B, H, S, D] and their positions [B, G, S], int64, and returns the rows, turned by
 #: them. The positions of each group serve its H/G heads.
 Rotate = Callable[[Tensor, Tensor], Tensor]
-
-
-#: In which order SDPA's backends are tried on a GPU.
-PRIORITY = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-_ORDER: list[int] = [int(backend) for backend in PRIORITY]  # type: ignore[call-overload]
 
 
 def lighthouse_attention(
@@ -41,7 +31,7 @@ def lighthouse_attention(
     value: Tensor,
     config: LighthouseConfig,
     *,
-    attention: InnerAttention | None = None,
+    attention: InnerAttention | AttentionName | None = None,
     rotate: Rotate | None = None,
     score_by: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
@@ -51,8 +41,10 @@ def lighthouse_attention(
         query: [B, H, N, D], any floating dtype, strides as they come.
         key, value: [B, G, N, D] with G dividing H, of the same dtype and device.
         config: valid for N (``config.validate(N)``).
-        attention: the inner attention, causal, scale 1/√D. Default: ``causal_attention``. With ``combine="softmax"``
-            another one is refused: it would have to return log-sum-exps, and ``lighthouse.merging`` brings its own.
+        attention: the inner attention, causal, scale 1/√D, or the name of kernels (``lighthouse.inner_attention``):
+            "cudnn", "flash", "flash3" or "flash4", never replaced by others. Default: "auto", ``causal_attention``.
+            With ``combine="softmax"`` another one is refused: it would have to return log-sum-exps, and
+            ``lighthouse.merging`` brings its own. ``selection="none"`` calls none.
         rotate: the rotary embedding, for queries and keys that come without it (docs/method.md, section 10.3). They are
             pooled first, and each entry is then turned by its last covered position. (The published method pools
             rotated rows, which averages high frequencies away.) Turning a row does not change its norm, so the
@@ -66,8 +58,8 @@ def lighthouse_attention(
 
     Raises:
         ValueError: for shapes, dtypes or devices that do not fit together, an invalid geometry, a backend that is
-            not available, ``rotate`` or ``score_by`` with another scorer than ``norm``, or ``attention`` with
-            ``combine="softmax"``.
+            not available, ``rotate`` or ``score_by`` with another scorer than ``norm``, ``attention`` with
+            ``combine="softmax"``, or kernels that cannot run.
     """
     check_inputs(query, key, value)
     scored_query, scored_key = rows_to_score(query, key, config, score_by)
@@ -90,7 +82,7 @@ def attend_selected(
     selection: Selection,
     config: LighthouseConfig,
     *,
-    attention: InnerAttention | None = None,
+    attention: InnerAttention | AttentionName | None = None,
     rotate: Rotate | None = None,
     backend: ResolvedBackend | None = None,
 ) -> Tensor:
@@ -99,7 +91,7 @@ def attend_selected(
     Args:
         backend: what ``config.resolve_backend`` returned, from callers that have asked it already.
     """
-    attention = inner_attention(attention, config)
+    attend = resolve(attention, config)
     backend = backend or config.resolve_backend(query.device.type)
     if config.local_window:
         short, (query, key, value) = gather_beside(query, key, value, selection, config, backend)
@@ -114,7 +106,7 @@ def attend_selected(
         short = short_query, short_key, short_value
         return attend_and_merge(short, near, selection, query.shape[2], config, backend)
     grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
-    output = attention(short_query, short_key, short_value, **grouped)
+    output = attend(short_query, short_key, short_value, **grouped)
     local = attend_locally(*near, config.local_window) if near is not None else None
     return scatter(output, selection, query.shape[2], config, backend, local=local)
 
@@ -198,29 +190,6 @@ class _GatherBeside(torch.autograd.Function):
         return *long, None, None, None, None
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, enable_gqa: bool = False) -> Tensor:
-    """Torch's causal SDPA; on a GPU cuDNN first, then Flash (torch's own default is 1.7× slower on Hopper)."""
-    if not query.is_cuda:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=enable_gqa)
-    if torch.compiler.is_compiling():  # knows this context, not the other
-        with sdpa_kernel(PRIORITY, set_priority=True):
-            return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=enable_gqa)
-    with _tried_in_this_order():
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=enable_gqa)
-
-
-@contextmanager
-def _tried_in_this_order() -> Iterator[None]:
-    """``sdpa_kernel(PRIORITY, set_priority=True)``, which looks every backend up by name four times: this takes the
-    host some 40 µs less a layer."""
-    before = torch._C._get_sdp_priority_order()
-    torch._C._set_sdp_priority_order([*_ORDER, *(number for number in before if number not in _ORDER)])
-    try:
-        yield
-    finally:
-        torch._C._set_sdp_priority_order(before)
-
-
 def scatter(
     rows: Tensor,
     selection: Selection,
@@ -248,16 +217,6 @@ def scatter(
         rows, selection.entry, selection.inverse_map, seq_len, config.num_levels, config.pooling_factor, halo, local
     )
     return scattered
-
-
-def inner_attention(attention: InnerAttention | None, config: LighthouseConfig) -> InnerAttention:
-    """The given one, or the default; refused where it could not do what ``combine`` asks for."""
-    if config.combine == "softmax" and attention not in (None, causal_attention):
-        raise ValueError(
-            f"attention={attention!r}: combine='softmax' needs log-sum-exps, which it does not return; nearest valid "
-            "value: None (or combine='sum')"
-        )
-    return attention or causal_attention
 
 
 def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -295,10 +254,12 @@ class LighthouseAttention(nn.Module):
     on [B, heads, N, D], with or without ``enable_gqa``.
     """
 
-    def __init__(self, config: LighthouseConfig, attention: InnerAttention | None = None) -> None:
+    def __init__(self, config: LighthouseConfig, attention: InnerAttention | AttentionName | None = None) -> None:
         super().__init__()
         self.config = config
-        self.attention = inner_attention(attention, config)
+        if isinstance(attention, str):
+            check_package(attention)
+        self.attention = resolve(attention, config)
 
     def forward(
         self,

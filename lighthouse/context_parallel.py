@@ -20,16 +20,15 @@ from torch.distributed._functional_collectives import all_to_all_single_autograd
 
 from lighthouse import merging
 from lighthouse.attention import (
-    InnerAttention,
     LighthouseAttention,
     Rotate,
     check_inputs,
     gather_three,
-    inner_attention,
     rows_to_score,
     scatter,
 )
 from lighthouse.config import LighthouseConfig
+from lighthouse.inner_attention import InnerAttention, resolve
 from lighthouse.local_window import attend_locally, turned
 from lighthouse.pyramid import level_lengths, level_offsets
 from lighthouse.selection import Selection, select
@@ -213,13 +212,13 @@ def context_parallel_attention(
 
 
 def attention_over_ranks(attention: InnerAttention | None, config: LighthouseConfig) -> InnerAttention:
-    """The given one; refused where it is missing, or could not do what ``combine`` asks for."""
-    if attention is None and config.combine == "sum":
+    """The given one; refused where it is missing, is one device's, or could not do what ``combine`` asks for."""
+    if (attention is None or isinstance(attention, str)) and config.combine == "sum":
         raise ValueError(
-            "attention=None: combine='sum' needs an attention over the rows of all ranks; nearest valid value: ring "
-            "attention (or combine='softmax')"
+            f"attention={attention!r}: combine='sum' needs an attention over the rows of all ranks; nearest valid "
+            "value: ring attention (or combine='softmax')"
         )
-    return inner_attention(attention, config)
+    return resolve(attention, config)
 
 
 class ShardedLighthouseAttention(LighthouseAttention):

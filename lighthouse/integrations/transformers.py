@@ -33,8 +33,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from lighthouse.attention import causal_attention, lighthouse_attention
+from lighthouse.attention import lighthouse_attention
 from lighthouse.config import LighthouseConfig
+from lighthouse.inner_attention import AttentionName, check_package, resolve
 from lighthouse.integrations import query_key_norm
 from lighthouse.integrations.masks import why_not_causal
 from lighthouse.layers import default_layers, parse_layers
@@ -56,7 +57,13 @@ UNSUPPORTED = {
 }
 
 
-def register(config: LighthouseConfig | None = None, name: str = "lighthouse", *, layers: str | None = None) -> None:
+def register(
+    config: LighthouseConfig | None = None,
+    name: str = "lighthouse",
+    *,
+    layers: str | None = None,
+    attention: AttentionName = "auto",
+) -> None:
     """Make ``attn_implementation=name`` mean Lighthouse Attention with ``config``, in every model of this process.
 
     Models look the name up at every call: registering it again gives another geometry to every model that uses it, and
@@ -67,15 +74,17 @@ def register(config: LighthouseConfig | None = None, name: str = "lighthouse", *
         layers: those that run Lighthouse, as in ``[lighthouse] layers`` of our trainer: ``"2--3"``. The others run
             dense attention. Default: all but the first two and the last two, or all of a model with four layers or
             fewer; a model that goes by the default says so once. Whether a model has them is checked when it runs.
+        attention: the kernels of dense layers and of Lighthouse's inner attention, as in ``lighthouse_attention``.
 
     Raises:
-        ValueError: if ``name`` already belongs to another attention, or ``layers`` names none.
+        ValueError: if ``name`` already belongs to another attention, ``layers`` names none, or ``attention`` names no
+            kernels, or kernels that are not installed or do not go with ``combine="softmax"``.
     """
-    attention = AttentionInterface()
-    taken = sorted({"eager", *(key for key in attention if not isinstance(attention[key], Implementation))})
+    known = AttentionInterface()
+    taken = sorted({"eager", *(key for key in known if not isinstance(known[key], Implementation))})
     if name in taken:
         raise ValueError(f"name={name!r}: belongs to another attention; any name but {', '.join(taken)} is free")
-    implementation = Implementation(config or LighthouseConfig(), layers)
+    implementation = Implementation(config or LighthouseConfig(), layers, attention)
     AttentionInterface.register(name, implementation)
     # A name without a mask function gets no mask at all: padding would be ignored without a word.
     AttentionMaskInterface.register(name, implementation.mask)
@@ -84,10 +93,11 @@ def register(config: LighthouseConfig | None = None, name: str = "lighthouse", *
 class Implementation:
     """What ``register`` makes of a geometry and its layers: an attention and a mask, as transformers calls them."""
 
-    def __init__(self, config: LighthouseConfig, layers: str | None = None) -> None:
+    def __init__(self, config: LighthouseConfig, layers: str | None = None, attention: AttentionName = "auto") -> None:
         if layers is not None and not isinstance(layers, str):
             raise ValueError(f"layers={layers!r}: must be a text such as '2-27' or '2--3'")
-        self.config, self.layers = config, layers
+        check_package(attention)
+        self.config, self.layers, self.attention = config, layers, resolve(attention, config)
         self._chosen: dict[int, frozenset[int]] = {}
         self._known: list[weakref.ref[Any]] = []
         self._positions: weakref.ref[Tensor] | None = None
@@ -104,7 +114,7 @@ class Implementation:
         is_causal: bool | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """``lighthouse_attention``, or in a dense layer ``causal_attention``.
+        """``lighthouse_attention``, or in a dense layer its inner attention alone.
 
         Args:
             module: the attention layer, which knows its ``layer_idx`` and the model's ``config``.
@@ -153,9 +163,9 @@ class Implementation:
             dtype = torch.get_autocast_dtype(query.device.type)
             query, key, value = (x.to(dtype) for x in (query, key, value))
         if through_lighthouse:
-            output = lighthouse_attention(query, key, value, self.config, score_by=score_by)
+            output = lighthouse_attention(query, key, value, self.config, attention=self.attention, score_by=score_by)
         else:
-            output = causal_attention(query, key, value, enable_gqa=query.shape[1] != key.shape[1])
+            output = self.attention(query, key, value, enable_gqa=query.shape[1] != key.shape[1])
         return output.transpose(1, 2).contiguous(), None
 
     def mask(

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from lighthouse import parts
 from lighthouse.gather_scatter import halo_backward, where_missing
-from lighthouse.kernels.common import empty, operator
+from lighthouse.kernels.common import empty
 from lighthouse.kernels.gather_scatter import empty_long, empty_short, pool, spread
 from lighthouse.kernels.merging import empty_merged, merge_rows, merge_rows_backward
 from lighthouse.kernels.scorers import norm_scores
 from lighthouse.kernels.selection import empty_entries, order_entries, pick_parents
 from lighthouse.pyramid import accumulation_dtype, level_offsets
+from lighthouse.registration import operator
 
 
 def _select_by_norms(

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import sdpa_kernel
 
 from helpers.cases import GEOMETRIES, entries, make, qkv, random_rows, run, what_is_kept
 from helpers.reference import attend_naively
 from lighthouse import LighthouseAttention, LighthouseConfig, attend_selected, lighthouse_attention, select
-from lighthouse.attention import PRIORITY, _tried_in_this_order, gather, scatter
+from lighthouse.attention import gather, scatter
 from lighthouse.local_window import attend_locally
 
 HALF = (torch.bfloat16, torch.float16)
@@ -441,17 +440,6 @@ def test_the_inner_attention_is_the_one_that_is_given():
         assert not output.any()
         selected = config.selected_length(seq_len)
         assert seen.pop() == ((1, 4, selected, 16), (1, groups, selected, 16), kwargs)
-
-
-def test_backends_of_sdpa_are_tried_in_the_order_that_torch_would_set():
-    before = torch._C._get_sdp_priority_order()
-    with sdpa_kernel(PRIORITY, set_priority=True):
-        expected = torch._C._get_sdp_priority_order()
-    assert expected != before
-    with pytest.raises(KeyError), _tried_in_this_order():
-        assert torch._C._get_sdp_priority_order() == expected
-        raise KeyError
-    assert torch._C._get_sdp_priority_order() == before
 
 
 @pytest.mark.parametrize("rotate", [None, lambda rows, position: rows], ids=["published", "rotate"])

@@ -117,6 +117,8 @@ def test_an_attention_over_all_ranks_is_asked_for_where_one_is_used(alone):
     shards = SequenceShards(alone)
     with pytest.raises(ValueError, match=r"attention=None: combine='sum' needs .*: ring attention \(or combine="):
         ShardedLighthouseAttention(LighthouseConfig(), None, shards)
+    with pytest.raises(ValueError, match=r"attention='flash': combine='sum' needs .*: ring attention \(or combine="):
+        ShardedLighthouseAttention(LighthouseConfig(), "flash", shards)  # one device's
     with pytest.raises(ValueError, match=r"attention=Identity.*'softmax' needs log-sum-exps.*: None"):
         ShardedLighthouseAttention(LighthouseConfig(**MERGED), torch.nn.Identity(), shards)
     ShardedLighthouseAttention(LighthouseConfig(**MERGED), None, shards)

@@ -70,6 +70,13 @@ def exported(run: Path, **options) -> transformers.LlamaForCausalLM:
     return transformers.AutoModelForCausalLM.from_pretrained(run / "hf-step-4", **options).eval()
 
 
+def test_a_run_is_read_where_its_attention_kernels_cannot_run(tmp_path):
+    """Here, on a CPU, and in float32."""
+    runs = [save_run(tmp_path / name, **{"lighthouse.inner_attention": name}) for name in ("auto", "flash4")]
+    tokens = torch.randint(256, (1, 512))
+    assert torch.equal(*(trained(run)(tokens) for run in runs))
+
+
 def refusal(*words) -> str:
     with pytest.raises(SystemExit) as stop:
         export_hf.main(list(map(str, words)))

@@ -12,6 +12,7 @@ from torchtitan.experiments.lighthouse.job_config import Lighthouse, check_degre
 from torchtitan.experiments.lighthouse.runs import next_stage
 from torchtitan.experiments.lighthouse.runs.settings import build_model
 from torchtitan.experiments.lighthouse.settings_rules import check_settings
+from torchtitan.experiments.lighthouse.train import LighthouseTrainer
 
 from helpers.settings import REPOSITORY, model_args, parse
 from lighthouse import causal_attention
@@ -76,7 +77,7 @@ def test_every_field_works_on_the_command_line():
     values = {
         "layers": "1,-2", "num_levels": 2, "pooling_factor": 2, "top_k": 256, "scorer": "gla", "dilation": 8,
         "rope": "after_gather", "cover_start": False, "selection": "causal", "local_window": 512, "backend": "torch",
-        "dense_every": 8, "combine": "softmax",
+        "dense_every": 8, "combine": "softmax", "inner_attention": "flash4",
     }  # fmt: skip
     flags = [
         word
@@ -89,7 +90,7 @@ def test_every_field_works_on_the_command_line():
     section = parse("debug.toml", *flags, "--lighthouse.enable").lighthouse
     assert {name: getattr(section, name) for name in values} == values
     config = section.attention_config()
-    of_model = ("layers", "rope", "dense_every")  # the rest are the library's
+    of_model = ("layers", "rope", "dense_every", "inner_attention")  # the rest are the library's
     assert {name: getattr(config, name) for name in values if name not in of_model} == {
         name: value for name, value in values.items() if name not in of_model
     }
@@ -174,6 +175,63 @@ def test_degrees_must_fill_the_processes(processes, degrees, message):
     else:
         with pytest.raises(ValueError, match=message):
             check_degrees(settings.parallelism, processes)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        (
+            "flash4", CP2,
+            "with parallelism.context_parallel_degree=2: the ring that attends to a split sequence runs torch's own "
+            "kernels; nearest valid values: 'cudnn' or 'flash'",
+        ),
+        ("flash3", CP2, "nearest valid values: 'cudnn' or 'flash'"),
+        (
+            "flash", ["--lighthouse.combine", "softmax"],
+            "with combine='softmax': that brings an attention of its own, which returns log-sum-exps; nearest valid "
+            "value: 'auto' (or combine='sum')",
+        ),
+        (
+            "cudnn", ["--debug.deterministic"],
+            "with debug.deterministic=true: its backward is not deterministic; nearest valid value: 'flash'",
+        ),
+        (
+            "cudnn", ["--training.mixed_precision_param", "float32"],
+            "takes bfloat16 and float16, not torch.float32; nearest valid value: 'auto'",
+        ),
+        (
+            "flash4", ["--model.flavor", "custom", "--llama.dim", "768", "--llama.n_heads", "4", "--llama.n_layers",
+                       "6", "--llama.vocab_size", "256"],
+            "takes heads of a multiple of 8 columns, at most 128, not 192; nearest valid value: 'flash'",
+        ),
+    ],
+)  # fmt: skip
+def test_kernels_that_do_not_go_with_other_settings_are_refused(name, overrides, message):
+    """In a dense run too, but for the merge, which a dense run does not make."""
+    for dense in ([], ["--lighthouse.no-enable"]):
+        settings = parse("debug.toml", "--lighthouse.inner_attention", name, *overrides, *dense)
+        if dense and "softmax" in overrides:
+            assert model_args(settings).inner_attention == name
+            continue
+        with pytest.raises(ValueError, match=re.escape(message)) as refusal:
+            model_args(settings)
+        assert str(refusal.value).startswith(f"lighthouse.inner_attention={name!r}")
+    for valid in ("auto", "flash"):  # what the messages name
+        model_args(parse("debug.toml", "--lighthouse.inner_attention", valid, "--debug.deterministic"))
+    for valid in ("cudnn", "flash"):
+        model_args(parse("530m_cp.toml", "--lighthouse.inner_attention", valid))
+
+
+def test_the_trainer_refuses_kernels_that_this_machine_does_not_have(monkeypatch):
+    """Before anything is built. What only reads the settings does not."""
+    settings = parse("debug.toml", "--lighthouse.inner_attention", "flash4")
+    settings.job.dump_folder = "/nowhere"
+    for name, value in {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torchtitan.experiments.lighthouse.train.device_type", "cpu")
+    with pytest.raises(Refused, match=r"^lighthouse\.inner_attention='flash4': needs a GPU, .* valid value: 'auto'$"):
+        LighthouseTrainer(settings)
+    build_model(settings)
 
 
 def test_dense_runs_are_not_bound_by_the_geometry():

@@ -108,6 +108,16 @@ def test_a_longer_context_takes_more_gpus_for_each_sequence(capsys):
     assert int(chosen.split()[2]) > 1 and chosen.endswith("fits") and not chosen.endswith("does not fit")
 
 
+def test_kernels_that_split_no_sequence_are_planned_without(capsys):
+    said = {}
+    for name in ("auto", "flash4"):
+        plan.main(["--model", "530m", "--top-k", "1024", "--gpus", "2", "--", "--lighthouse.inner_attention", name])
+        said[name] = capsys.readouterr().out
+    ways = {name: sum(line.startswith(("→  ", "   ")) for line in text.splitlines()) for name, text in said.items()}
+    assert ways["flash4"] < ways["auto"]
+    assert "attention by 'flash4' (the rates are of cuDNN)" in said["flash4"] and "Not measured" not in said["auto"]
+
+
 def test_the_memory_that_a_refusal_names_is_enough(capsys):
     base = ["--model", "32m", "--seq-len", "98304"]
     plan.main([*base, "--memory", "6", "--checkpointing", "full"])

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from helpers import packages
 from lighthouse import LighthouseConfig, lighthouse_attention
 
 transformers = pytest.importorskip("transformers", reason="needs transformers (the extra 'hf')")
@@ -278,3 +279,23 @@ def test_what_is_not_plain_causal_attention_is_refused(parts, arguments):
 def test_the_example_runs():
     results = doctest.testmod(integration)
     assert results.attempted >= 8 and results.failed == 0
+
+
+def test_kernels_are_chosen_for_every_layer(monkeypatch):
+    """Dense layers over all positions, Lighthouse layers over the selected rows."""
+    called = packages.install(monkeypatch)
+    integration.register(GEOMETRY, layers="1", attention="flash4")
+    build().bfloat16()(tokens())
+    assert [(name, shape[1]) for name, shape in called] == [
+        ("flash4", SEQ_LEN),
+        ("flash4", GEOMETRY.selected_length(SEQ_LEN)),
+    ]
+
+
+def test_kernels_that_cannot_be_had_are_refused_at_once():
+    with pytest.raises(ValueError, match=r"attention='flash2': must be one of 'auto', "):
+        integration.register(GEOMETRY, attention="flash2")
+    with pytest.raises(ValueError, match=r"attention='flash3': flash_attn_interface .* cannot be imported: .*'flash'$"):
+        integration.register(GEOMETRY, attention="flash3")
+    with pytest.raises(ValueError, match=r"attention='flash': combine='softmax' needs"):
+        integration.register(LighthouseConfig(combine="softmax"), attention="flash")

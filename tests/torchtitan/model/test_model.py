@@ -6,10 +6,13 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.experiments.lighthouse import parallelize_lighthouse
 from torchtitan.experiments.lighthouse.model.model import dense_attention, rotate
 from torchtitan.experiments.lighthouse.seams.cpu import use_cpu_without_accelerator
+from torchtitan.models.attention import ScaledDotProductAttentionWrapper
 from torchtitan.models.llama3 import Transformer
 from torchtitan.models.llama3.model.model import apply_rotary_emb, precompute_freqs_cis
 
+from helpers import packages
 from helpers.model import build, tokens
+from lighthouse.inner_attention import SDPA_BACKENDS
 
 
 def logits_and_gradients(model):
@@ -127,6 +130,52 @@ def test_a_dense_step_is_the_dense_model_and_other_steps_are_lighthouse(rope):
         with dense_attention([model] if kind == "dense" else []):
             found = train_as(model)
         assert all(map(torch.equal, found, wanted[kind])), kind
+
+
+SELECTIVE = ["--activation_checkpoint.mode", "selective", "--activation_checkpoint.selective_ac_option", "op"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [[], SELECTIVE, ["--compile.enable", "--compile.backend", "aot_eager"]],
+    ids=["plain", "selective", "compiled"],
+)
+def test_every_layer_attends_by_the_kernels_that_are_chosen(overrides, one_process, monkeypatch):
+    """Dense layers over N positions, Lighthouse layers over the S selected rows, none by others, and all over N in a
+    dense step. Their results are kept when activations are checkpointed selectively."""
+    calls = packages.install(monkeypatch)
+    monkeypatch.setattr("torchtitan.experiments.lighthouse.infra.parallelize.check_machine", lambda *_: None)
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", None)
+    torch._dynamo.reset()
+    model, config = build("--lighthouse.inner_attention", "flash4", *overrides)
+    plain, _ = build()
+    selected = config.lighthouse.attention_config().selected_length(1024)
+    dims = ParallelDims(dp_replicate=1, dp_shard=1, cp=1, tp=1, pp=1, ep=1, etp=1, world_size=1)
+    model = parallelize_lighthouse(model, dims, config)
+    for models, lengths in (([], [1024, 1024, selected, selected, 1024, 1024]), ([model], [1024] * 6)):
+        with dense_attention(models):
+            logits = model(tokens())
+            assert [(name, shape[1]) for name, shape in calls] == [("flash4", length) for length in lengths]
+            logits.float().logsumexp(-1).sum().backward()
+        assert len(calls) == 6
+        calls.clear()
+    monkeypatch.undo()
+    with dense_attention([plain]):
+        torch.testing.assert_close(logits.float(), plain(tokens()), rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("name", SDPA_BACKENDS)
+def test_upstreams_module_is_bound_to_one_backend_of_torch(name):
+    """The very module that context parallelism turns into ring attention, in dense layers and in Lighthouse."""
+    model, _ = build("--lighthouse.inner_attention", name)
+    for layer, block in model.layers.items():
+        attention = block.attention
+        assert isinstance(attention.inner_attention, ScaledDotProductAttentionWrapper)
+        assert attention.inner_attention.sdpa_backends == [SDPA_BACKENDS[name]]
+        if layer in "23":
+            assert attention.lighthouse.attention is attention.inner_attention
+    unchanged = {tuple(block.attention.inner_attention.sdpa_backends) for block in build()[0].layers.values()}
+    assert unchanged == {tuple(ScaledDotProductAttentionWrapper().sdpa_backends)} and len(*unchanged) == 3
 
 
 def test_a_dense_step_that_fails_leaves_lighthouse_on():

@@ -175,6 +175,7 @@ def test_all_that_differs_is_named_and_allowed_together(here):
         ({"lr_scheduler.total_steps": 50}, ["lr_scheduler.total_steps 20 → 50"]),
         ({"training.steps": 15}, []),
         ({"metrics.log_freq": 7, "checkpoint.interval": 3, "compile.enable": True, "lighthouse.backend": "torch"}, []),
+        ({"lighthouse.inner_attention": "flash"}, []),
         ({"activation_checkpoint.mode": "full", "training.dataloader": DataLoader(num_workers=2)}, []),
         ({"validation.enable": True, "validation.seq_len": 512, "debug.deterministic": True}, []),
         ({"lighthouse.stage": 2, "lighthouse.stage1_checkpoint": "/elsewhere", "job.description": "x"}, []),

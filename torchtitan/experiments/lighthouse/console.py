@@ -95,13 +95,14 @@ def _at(record: Mapping[str, Any], last: int) -> str:
 
 def _attention(config: MergedConfig, model: LighthouseModelArgs) -> list[str]:
     geometry, seq_len = model.lighthouse, config.training.seq_len
+    kernels = "" if model.inner_attention == "auto" else f", by {model.inner_attention}"
     if not config.lighthouse.enable or geometry is None:
-        return [f"Attention: dense in all {model.n_layers} layers"]
+        return [f"Attention: dense in all {model.n_layers} layers{kernels}"]
     every = config.lighthouse.dense_every
     return [
         f"Attention: Lighthouse in {len(model.lighthouse_layers)} of {model.n_layers} layers "
-        f"({config.lighthouse.layers}), {geometry.selected_length(seq_len):,} of {seq_len:,} rows per sequence: "
-        f"{geometry}",
+        f"({config.lighthouse.layers}), {geometry.selected_length(seq_len):,} of {seq_len:,} rows per sequence"
+        f"{kernels}: {geometry}",
         *([f"Attention: dense in all layers every {every} steps"] if every else []),
     ]
 

@@ -14,6 +14,7 @@ from torchtitan.experiments.lighthouse.model.sizes import CUSTOM, Llama
 from tyro.constructors import PrimitiveConstructorSpec
 
 from lighthouse import LighthouseConfig
+from lighthouse.inner_attention import AttentionName, check_name
 
 #: A list of tables in a TOML file, on the command line.
 JSON = PrimitiveConstructorSpec(
@@ -50,6 +51,13 @@ class Lighthouse(LighthouseConfig):
     numbered as in the log, from the start of the chain of stages. Without effect where ``enable`` is off.
     """
 
+    inner_attention: AttentionName = "auto"
+    """
+    The kernels of attention, in dense layers and steps and over the rows that Lighthouse selects. "auto": cuDNN's, or
+    those of torch that can run where cuDNN's cannot. "cudnn" and "flash" are torch's, "flash3" and "flash4" packages of
+    their own; these four are never replaced by others. Also where ``enable`` is off
+    """
+
     stage1_checkpoint: str = ""
     """
     The checkpoint of the stage before, which this run continues; written by scripts/resume_dense.py, not by hand
@@ -60,6 +68,7 @@ class Lighthouse(LighthouseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_name(self.inner_attention, "inner_attention")
         every = self.dense_every
         if isinstance(every, bool) or not isinstance(every, int) or every < 0 or every == 1:
             raise ValueError(

@@ -46,6 +46,8 @@ from torchtitan.experiments.lighthouse.seams.settings import main
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type
 
+from lighthouse.inner_attention import check_machine
+
 
 class LighthouseTrainer(seam.HookedTrainer):
     #: Step, its loss and gradient norm on their way to the host, and the event at which they have arrived there.
@@ -68,6 +70,8 @@ class LighthouseTrainer(seam.HookedTrainer):
             check_degrees(self.job_config.parallelism, world_size)
             cuda_graph.check(self.job_config, world_size, self.recorder.why_not())
             contract.check_context(self.job_config)
+            kernels = self.job_config.lighthouse.inner_attention
+            check_machine(kernels, torch.device(device_type), "lighthouse.inner_attention")
         model = model_arguments(self.job_config)
         check_offload(self.job_config, model.n_layers)
         check_host_memory(self.job_config, model.dim, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))

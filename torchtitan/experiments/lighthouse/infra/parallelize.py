@@ -15,6 +15,8 @@ from torchtitan.tools.utils import device_type
 
 from lighthouse import SequenceShards, ShardedLighthouseAttention
 from lighthouse.backend import load_kernels
+from lighthouse.flash_packages import OPERATORS
+from lighthouse.inner_attention import check_machine
 
 if TYPE_CHECKING:
     from torchtitan.experiments.lighthouse.model.model import LighthouseLlamaAttention, LighthouseTransformer
@@ -28,9 +30,12 @@ def parallelize_lighthouse(
     Lighthouse has no parameters to shard, and its heads are the rank's local heads; under context parallelism it is
     told which chunks of the sequence are the rank's.
     """
+    config, kernels = model.model_args.lighthouse, model.model_args.inner_attention
+    check_machine(kernels, torch.device(device_type), "lighthouse.inner_attention")
     if parallel_dims.cp_enabled:
         shard_sequence(model, parallel_dims, job_config.parallelism)
-    config = model.model_args.lighthouse
+    if kernels in OPERATORS:
+        parallelism.keep_when_checkpointing_selectively({OPERATORS[kernels]})
     if config is not None and config.resolve_backend(device_type) == "triton":
         parallelism.keep_when_checkpointing_selectively(load_kernels().WORTH_SAVING)
     model = parallelize_llama(model, parallel_dims, job_config)

@@ -8,9 +8,10 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torchtitan.config import JobConfig
+from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.experiments.lighthouse.data.tokenizer import build_tokenizer
 from torchtitan.experiments.lighthouse.errors import Refused
+from torchtitan.experiments.lighthouse.job_config import Lighthouse
 from torchtitan.experiments.lighthouse.model.hf_config import read_hf_config
 from torchtitan.experiments.lighthouse.model.sizes import CUSTOM, Llama
 from torchtitan.models.llama3 import TransformerModelArgs
@@ -20,6 +21,8 @@ from torchtitan.models.utils import get_dense_model_nparams_and_flops
 from torchtitan.tools.utils import device_type
 
 from lighthouse import LighthouseConfig
+from lighthouse.flash_packages import PACKAGES
+from lighthouse.inner_attention import AttentionName, check_settings
 from lighthouse.layers import parse_layers
 
 
@@ -62,6 +65,9 @@ class LighthouseModelArgs(TransformerModelArgs):
 
     dense_every: int = 0
     """Every so many training steps, one is dense in all layers, if the trainer says so; 0: none"""
+
+    inner_attention: AttentionName = "auto"
+    """The kernels of attention, as in the [lighthouse] section; also where Lighthouse is off"""
 
     @property
     def sizes(self) -> Llama:
@@ -141,8 +147,9 @@ class LighthouseModelArgs(TransformerModelArgs):
 
         Raises:
             ValueError: for sizes that no model can have, a missing section, an invalid geometry, a layer outside the
-                model, a backend that is not available, a sequence that context parallelism cannot split, or tensor
-                parallelism that splits a head.
+                model, a backend that is not available, kernels of attention that do not go
+                with other settings, a sequence that context parallelism cannot split, or tensor parallelism that splits
+                a head.
         """
         self.take_sizes(job_config)
         super().update_from_config(job_config, **kwargs)
@@ -154,6 +161,8 @@ class LighthouseModelArgs(TransformerModelArgs):
             )
         self.lighthouse, self.lighthouse_layers, self.dense_every = None, (), 0
         num_chunks = context_parallel_chunks(job_config)
+        self._check_inner_attention(section, job_config)
+        self.inner_attention = section.inner_attention
         seq_len, parallelism, validation = job_config.training.seq_len, job_config.parallelism, job_config.validation
         if validation.enable and validation.seq_len > seq_len:
             raise ValueError(
@@ -191,6 +200,28 @@ class LighthouseModelArgs(TransformerModelArgs):
                 raise ValueError(f"validation.seq_len: {error}") from error
         self.lighthouse_layers = parse_layers(section.layers, self.n_layers, setting="lighthouse.layers")
         self.lighthouse, self.lighthouse_rope, self.dense_every = config, section.rope, section.dense_every
+
+    def _check_inner_attention(self, section: Lighthouse, job_config: JobConfig) -> None:
+        """By the settings alone: ``plan`` and ``resume_dense --dry-run`` may run on a machine that trains nothing."""
+        setting, name = "lighthouse.inner_attention", section.inner_attention
+        degree, debug = job_config.parallelism.context_parallel_degree, job_config.debug
+        if name in PACKAGES and degree > 1:
+            raise ValueError(
+                f"{setting}={name!r} with parallelism.context_parallel_degree={degree}: the ring that "
+                "attends to a split sequence runs torch's own kernels; nearest valid values: 'cudnn' or 'flash'"
+            )
+        if name != "auto" and section.enable and section.combine == "softmax":
+            raise ValueError(
+                f"{setting}={name!r} with combine='softmax': that brings an attention of its own, which returns "
+                "log-sum-exps; nearest valid value: 'auto' (or combine='sum')"
+            )
+        if name == "cudnn" and debug.deterministic and not debug.deterministic_warn_only:
+            raise ValueError(
+                f"{setting}={name!r} with debug.deterministic=true: its backward is not deterministic; nearest valid "
+                "value: 'flash'"
+            )
+        dtype = TORCH_DTYPE_MAP[job_config.training.mixed_precision_param]
+        check_settings(name, dtype, self.dim // self.n_heads, setting)
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
         """Parameters, and floating-point operations per token (forward and backward, matrix products only).

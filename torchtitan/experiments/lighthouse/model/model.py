@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torchtitan.experiments.lighthouse.loss import OutputProjection
 from torchtitan.experiments.lighthouse.model.args import LighthouseModelArgs
+from torchtitan.experiments.lighthouse.seams.attention import by_kernels
 from torchtitan.models.llama3 import Transformer
 from torchtitan.models.llama3.model.model import Attention
 from torchtitan.protocols.model import AttentionMasksType
@@ -78,8 +79,9 @@ class LighthouseTransformer(Transformer):
 class LighthouseLlamaAttention(Attention):
     """Upstream's attention layer, and the place where Lighthouse is plugged in: ``lighthouse``, None in dense layers.
 
-    ``inner_attention`` stays upstream's module, the one that context parallelism turns into ring attention;
-    ``lighthouse`` calls it. The rotary embedding is the one that ``rotate`` computes, in every layer.
+    ``inner_attention`` is upstream's module, the one that context parallelism turns into ring attention, unless the
+    settings ask for the kernels of a package; ``lighthouse`` calls it. The rotary embedding is the one that ``rotate``
+    computes, in every layer.
 
     A model that normalises its queries and keys sets ``q_norm`` and ``k_norm``, modules on [B, N, heads, head_dim]. The
     scorer ``norm`` then looks at the rows before them (docs/method.md, section 10.5).
@@ -90,6 +92,7 @@ class LighthouseLlamaAttention(Attention):
 
     def __init__(self, model_args: LighthouseModelArgs) -> None:
         super().__init__(model_args)
+        self.inner_attention = by_kernels(self.inner_attention, model_args.inner_attention)
         self.lighthouse: LighthouseAttention | None = None
         self.through_lighthouse = False
         self.q_norm: nn.Module | None = None

@@ -11,6 +11,8 @@ from torchtitan.experiments.lighthouse.planning.rates import Rates
 from torchtitan.experiments.lighthouse.planning.step import GPUS_PER_NODE, Prediction, predict
 from torchtitan.experiments.lighthouse.planning.workload import CHECKPOINTING, Workload
 
+from lighthouse.flash_packages import PACKAGES
+
 #: Of the budget, the part of the steps in Stage 1, as the paper splits it.
 SPLIT = (10, 6)
 
@@ -37,9 +39,12 @@ class Choice:
 
 def context_parallel_degrees(work: Workload) -> Iterator[int]:
     """Degrees that divide the GPUs, leave a multiple of the data-parallel ranks in a step, cut the sequence into chunks
-    of whole tiles (a load-balanced rank holds two), and stay on a node, unless it is the degree that ``work`` has."""
+    of whole tiles (a load-balanced rank holds two), and stay on a node, unless it is the degree that ``work`` has; 1
+    alone where its attention kernels split no sequence."""
     for degree in {*range(1, min(work.gpus, GPUS_PER_NODE) + 1), work.context_parallel}:
         ranks, chunks = work.gpus // degree, 1 if degree == 1 else 2 * degree
+        if degree > 1 and work.inner_attention in PACKAGES:
+            continue
         if work.gpus % degree or work.seq_len % chunks or work.sequences_per_step % (ranks * work.sequences_at_once):
             continue
         if work.lighthouse_layers:

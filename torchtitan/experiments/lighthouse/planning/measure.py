@@ -14,8 +14,7 @@ from torch.utils.benchmark import Timer
 from torchtitan.experiments.lighthouse.planning.rates import Rates, shipped
 from torchtitan.experiments.lighthouse.planning.step import KERNELS, attention_operations
 
-from lighthouse import LighthouseConfig, lighthouse_attention
-from lighthouse.attention import causal_attention
+from lighthouse import LighthouseConfig, causal_attention, lighthouse_attention
 from lighthouse.local_window import attend_locally
 
 

@@ -120,6 +120,8 @@ def doubts(work: Workload, rates: Rates) -> list[str]:
         beyond.append("several nodes")
     if work.head_dim != MEASURED_HEAD_DIM:
         beyond.append(f"head dimension {work.head_dim}")
+    if work.inner_attention not in ("auto", "cudnn"):
+        beyond.append(f"attention by {work.inner_attention!r} (the rates are of cuDNN)")
     needed = {"link": work.gpus > 1, "window_forward": work.window, "window_backward": work.window}
     if names := [name for name in rates.assumed if needed.get(name, True)]:
         beyond.append(f"this GPU's {', '.join(names)}")

@@ -14,6 +14,7 @@ from torchtitan.experiments.lighthouse.runs.settings import model_arguments
 
 from lighthouse import LighthouseConfig
 from lighthouse.config import PARENTS_PER_TILE
+from lighthouse.inner_attention import AttentionName
 
 Checkpointing = Literal["none", "selective", "full"]
 
@@ -50,6 +51,8 @@ class Workload:
     checkpointing: Checkpointing
     keeps_weights: bool
     """Whether the gathered weights stay for the backward and the next step."""
+    inner_attention: AttentionName = "auto"
+    """Whose kernels attend; the rates are of cuDNN's."""
 
     @property
     def parameters(self) -> int:
@@ -167,6 +170,7 @@ def _workload(args: LighthouseModelArgs, settings: MergedConfig, gpus: int) -> W
         checkpointing=cast(Checkpointing, settings.activation_checkpoint.mode),
         # On one GPU there is nothing to gather again.
         keeps_weights=gpus == 1 or parallelism.fsdp_reshard_after_forward == "never",
+        inner_attention=args.inner_attention,
     )
 
 

@@ -60,6 +60,7 @@ RULES = {
     "model.hf_config": Rule.FREE,  # The sizes that it gave are in [llama].
     "optimizer.implementation": Rule.FREE,
     "lighthouse.backend": Rule.FREE,
+    "lighthouse.inner_attention": Rule.FREE,
     "lighthouse.stage": Rule.FREE,  # These two say where a run comes from. ``resume_dense`` sets them.
     "lighthouse.stage1_checkpoint": Rule.FREE,
     # How the weights move from here on. The limit of the gradient norm is one of them: like the learning rate it is

@@ -152,6 +152,8 @@ def load_model(
 ) -> LighthouseTransformer:
     """The checkpoint's weights in the run's model, float32, in evaluation mode.
 
+    The kernels of attention are "auto": those that a run asked for need not be here, nor take float32.
+
     Args:
         dense: whether every layer runs dense attention, as after Stage 2; otherwise as the run trained.
 
@@ -160,7 +162,8 @@ def load_model(
     """
     read_metadata(checkpoint)
     settings = copy.deepcopy(settings)
-    settings.lighthouse = replace(settings.lighthouse, enable=settings.lighthouse.enable and not dense)
+    enable = settings.lighthouse.enable and not dense
+    settings.lighthouse = replace(settings.lighthouse, enable=enable, inner_attention="auto")
     model = build_model(settings, device)
     with torch.no_grad():
         model.init_weights(buffer_device=torch.device(device))
