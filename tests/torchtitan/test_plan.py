@@ -1,6 +1,7 @@
 """The command that says what a run will cost."""
 
 import json
+import re
 import shutil
 import tomllib
 from dataclasses import replace
@@ -122,6 +123,21 @@ def test_the_memory_that_a_refusal_names_is_enough(capsys):
     base = ["--model", "32m", "--seq-len", "98304"]
     plan.main([*base, "--memory", "6", "--checkpointing", "full"])
     assert "→  full" in capsys.readouterr().out
+
+
+def test_layers_that_a_refusal_offloads_are_enough(tmp_path, capsys):
+    """A sequence that does not fit; with the host's memory for the inputs of layers it does, and the file says so."""
+    base = ["--model", "530m", "--seq-len", "2097152", "--tokens", "1e10"]
+    words = ["--lighthouse.layers=0--1", "--lighthouse.num_levels=4"]
+    message = refusal([*base, "--", *words], capsys)
+    layers = int(re.search(r"offload_layers=(\d+), with (\d+) GiB of host memory a GPU, or more GPUs", message)[1])
+    offloaded = f"--activation_checkpoint.offload_layers={layers}"
+    plan.main([*base, "--toml", str(tmp_path / "mine.toml"), "--", *words, offloaded])
+    printed = capsys.readouterr().out
+    assert "→  full" in printed and f"Host memory: {4 * layers} GiB" in printed and "none  " not in printed
+    written = tomllib.loads((tmp_path / "mine.toml").read_text())["activation_checkpoint"]
+    assert (written["mode"], written["offload_layers"]) == ("full", layers)
+    refusal([*base, "--", *words, f"--activation_checkpoint.offload_layers={layers - 1}"], capsys)
 
 
 def test_checkpoints_are_as_rare_as_failures():

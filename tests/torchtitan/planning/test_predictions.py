@@ -92,6 +92,17 @@ def test_more_work_takes_longer_and_more_memory():
     assert step.predict(work, slow).seconds == step.predict(work, slow).host > now.seconds
 
 
+def test_offloaded_layers_leave_their_inputs_elsewhere():
+    """All but two: that of the layer that runs backward, and the one that is on its way."""
+    words = ["--training.seq_len=131072", "--lighthouse.top_k=2048", "--activation_checkpoint.mode=full"]
+    work = workload(parse("530m_stage1.toml", *words, "--activation_checkpoint.offload_layers=22"), 8)
+    row = 131072 * 1024 * 2 / 2**30
+    assert memory.host_gib(work) == 22 * row
+    for layers, elsewhere in ((0, 0), (22, 22), (28, 28), (29, 28)):
+        lower = memory.peak_gib(replace(work, offloaded=0)) - memory.peak_gib(replace(work, offloaded=layers))
+        assert lower == pytest.approx(elsewhere * row)
+
+
 def test_what_is_not_predicted_is_refused():
     for setting, names in {
         "--lighthouse.scorer=gla": "lighthouse.scorer=gla.*norm",

@@ -134,6 +134,7 @@ def plan(options: argparse.Namespace) -> list[str]:
         *tables.stages(chosen, stage1, steps),
         "",
         tables.checkpoints(chosen, options.disk, minutes),
+        *tables.host(chosen.work),
         *tables.doubts(chosen.work, rates),
     ]
     if options.toml is None:
@@ -185,6 +186,11 @@ def _sections(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     if options.context_parallel is not None:
         sections["parallelism"]["context_parallel_degree"] = options.context_parallel
     settings = draft.merge(sections, options.overrides)
+    checkpointing = sections["activation_checkpoint"]
+    if options.checkpointing is not None:
+        checkpointing["mode"] = options.checkpointing
+    elif settings.activation_checkpoint.offload_layers and settings.activation_checkpoint.mode == "none":
+        checkpointing["mode"] = "full"  # The draft's is no wish.
     if "layers" not in lighthouse:
         lighthouse["layers"] = draft.layers_through_lighthouse(settings.llama.n_layers or 0)
     if options.top_k is not None:

@@ -64,7 +64,7 @@ def choices(work: Workload, rates: Rates, tokens: float, split: tuple[float, flo
     """
     found = []
     for degree in context_parallel_degrees(work):
-        for mode in CHECKPOINTING:
+        for mode in CHECKPOINTING[1:] if work.offloaded else CHECKPOINTING:
             one = replace(work, context_parallel=degree, checkpointing=mode)
             stage1, dense = predict(one, rates), predict(one.dense(), rates)
             shares = [part / sum(split) for part in split]
@@ -86,10 +86,14 @@ def best(found: Sequence[Choice], rates: Rates) -> Choice:
             return choice
     least = min(found, key=lambda choice: choice.memory_gib)
     work = least.work
+    more, offload = memory.layers_to_offload(work, rates.memory_gib) if work.checkpointing == "full" else None, ""
+    if more is not None:
+        host = f"with {memory.host_gib(more):.0f} GiB of host memory a GPU"
+        offload = f"activation_checkpoint.offload_layers={more.offloaded}, {host}, or "
     raise Refused(
         f"memory of {rates.memory_gib:g} GiB: {work.n_layers} layers at {work.seq_len:,} tokens do not fit on "
         f"{work.gpus} GPU(s); nearest valid value: {memory.needed_gib(least.memory_gib):.0f} GiB (with "
-        f"{description(work)}), or more GPUs, or a shorter context"
+        f"{description(work)}), or {offload}more GPUs, or a shorter context"
     )
 
 
@@ -97,7 +101,8 @@ def description(work: Workload) -> str:
     split = (
         f"each sequence on {work.context_parallel} GPUs" if work.context_parallel > 1 else "each sequence on one GPU"
     )
-    return f"activation checkpointing {work.checkpointing!r}, {split}"
+    offloaded = f" with {work.offloaded} layers offloaded" if work.offloaded else ""
+    return f"activation checkpointing {work.checkpointing!r}{offloaded}, {split}"
 
 
 def save_seconds(work: Workload, bytes_per_second: float) -> float:

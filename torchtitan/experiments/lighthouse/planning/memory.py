@@ -6,6 +6,9 @@ Nothing here is fitted but ``RING_OUTPUTS``.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from torchtitan.experiments.lighthouse.infra.offload import host_bytes
 from torchtitan.experiments.lighthouse.loss import CHUNK_LOGITS
 from torchtitan.experiments.lighthouse.planning.workload import Workload
 
@@ -17,6 +20,9 @@ HALF, SINGLE = 2, 4
 #: Ring attention keeps its output, merged in float32, beside the keys and values of all ranks: so many rows of the
 #: queries' width in bfloat16. Fitted to the run "98k k=2048 CP 2".
 RING_OUTPUTS = 1.3
+
+#: Of the layers whose inputs wait in host memory, one runs backward, and the one before it is on its way.
+INPUTS = 2
 
 #: What is on a GPU beside the tensors: CUDA's context and NCCL's buffers.
 RUNTIME_GIB = 1.5
@@ -57,7 +63,27 @@ def _peak(work: Workload) -> int:
         for through in (False, True)
         if (work.lighthouse_layers if through else dense_layers)
     )
+    layers -= _input(work) * min(work.offloaded, work.n_layers - INPUTS)
     return _states(work) + layers + max(_loss(work), again + _gradients(work))
+
+
+def _input(work: Workload) -> int:
+    """A layer's input, in bytes of one GPU."""
+    return HALF * work.tokens_at_once * work.dim
+
+
+def host_gib(work: Workload) -> float:
+    """Pinned host memory for the inputs that are offloaded, in GiB of one GPU."""
+    return work.offloaded * host_bytes(_input(work)) / GIB
+
+
+def layers_to_offload(work: Workload, memory_gib: float) -> Workload | None:
+    """The same with as few layers offloaded as fit into so much memory, dense steps too; None if no number does."""
+    for layers in range(1, work.n_layers):
+        one = replace(work, offloaded=layers)
+        if fits(max(peak_gib(one), peak_gib(one.dense())), memory_gib):
+            return one
+    return None
 
 
 def _states(work: Workload) -> int:
@@ -71,7 +97,7 @@ def _kept(work: Workload, through: bool) -> int:
     """What a layer keeps for its backward, through Lighthouse or dense, in bytes of one GPU."""
     d, kv, ffn = work.dim, work.kv_dim, work.ffn_dim
     if work.checkpointing == "full":
-        return HALF * work.tokens_at_once * d
+        return _input(work)
     if work.checkpointing == "none":
         return _kept_without_checkpointing(work, through)
     # Upstream keeps every second product, as far as the backward wants it: of query, value and w1 here.

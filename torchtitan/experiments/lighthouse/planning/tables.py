@@ -109,6 +109,14 @@ def checkpoints(chosen: Choice, disk: float, minutes: int) -> str:
     )
 
 
+def host(work: Workload) -> list[str]:
+    """Host memory, where it is needed."""
+    if not work.offloaded:
+        return []
+    gib, here = memory.host_gib(work), min(work.gpus, GPUS_PER_NODE)
+    return [f"Host memory: {here * gib:.0f} GiB of a node, for the inputs of {work.offloaded} layers of {here} GPU(s)"]
+
+
 def doubts(work: Workload, rates: Rates) -> list[str]:
     """Where the predictions go beyond what they were compared with."""
     beyond = []
@@ -116,6 +124,8 @@ def doubts(work: Workload, rates: Rates) -> list[str]:
         beyond.append(f"context parallel above {MEASURED_GPUS}")
     if work.gpus > MEASURED_GPUS:
         beyond.append(f"more than {MEASURED_GPUS} GPUs")
+    if work.offloaded:
+        beyond.append("offloaded layers (their copies are taken to cost no time)")
     if work.gpus > GPUS_PER_NODE:
         beyond.append("several nodes")
     if work.head_dim != MEASURED_HEAD_DIM:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, cast
 
 from torchtitan.experiments.lighthouse.errors import Refused, as_refusal
+from torchtitan.experiments.lighthouse.infra.offload import check_offload
 from torchtitan.experiments.lighthouse.job_config import MergedConfig, check_degrees
 from torchtitan.experiments.lighthouse.model.args import LighthouseModelArgs
 from torchtitan.experiments.lighthouse.runs import stages
@@ -49,6 +50,8 @@ class Workload:
     context_parallel: int
     rotation: Literal["allgather", "alltoall"]
     checkpointing: Checkpointing
+    offloaded: int
+    """Layers whose inputs wait in host memory."""
     keeps_weights: bool
     """Whether the gathered weights stay for the backward and the next step."""
     inner_attention: AttentionName = "auto"
@@ -136,6 +139,7 @@ def workload(settings: MergedConfig, gpus: int) -> Workload:
     with as_refusal():
         check_degrees(settings.parallelism, gpus)
         args = model_arguments(settings)
+    check_offload(settings, args.n_layers)
     return _workload(args, settings, gpus)
 
 
@@ -168,6 +172,7 @@ def _workload(args: LighthouseModelArgs, settings: MergedConfig, gpus: int) -> W
         context_parallel=degree,
         rotation=parallelism.context_parallel_rotate_method,
         checkpointing=cast(Checkpointing, settings.activation_checkpoint.mode),
+        offloaded=settings.activation_checkpoint.offload_layers,
         # On one GPU there is nothing to gather again.
         keeps_weights=gpus == 1 or parallelism.fsdp_reshard_after_forward == "never",
         inner_attention=args.inner_attention,
