@@ -60,3 +60,21 @@ def communication_streams(model: nn.Module) -> list[torch.cuda.Stream]:
         return []
     context = model._get_fsdp_state()._comm_ctx
     return [value for value in vars(context).values() if isinstance(value, torch.cuda.Stream)]
+
+
+def gather_gradients_without_the_host() -> None:
+    """FSDP's gradients of a module go to one place by plain copies, on one device.
+
+    Its own operator for it first sends their addresses from host memory that is used again afterwards. A CUDA graph
+    would send whatever is there by then, where torch does not keep the memory for it.
+    """
+    from torch.distributed.fsdp._fully_shard import _fsdp_collectives as collectives
+
+    def copy_in(gradients: list[torch.Tensor], together: torch.Tensor, world_size: int) -> None:
+        assert world_size == 1
+        places = together.split([gradient.numel() for gradient in gradients])
+        torch._foreach_copy_([place.view(x.shape) for place, x in zip(places, gradients, strict=True)], gradients)
+
+    names, name = vars(collectives), "foreach_reduce_scatter_copy_in"
+    assert name in names, f"FSDP has no {name} in torch {torch.__version__}"
+    names[name] = copy_in

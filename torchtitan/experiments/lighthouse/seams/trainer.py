@@ -16,6 +16,7 @@ from torchtitan.experiments.lighthouse.job_config import MergedConfig
 from torchtitan.experiments.lighthouse.seams.console import DETAIL
 from torchtitan.experiments.lighthouse.seams.cuda_graph import CUDARecorder, GraphedForwardBackward, Recorder
 from torchtitan.experiments.lighthouse.seams.optimizer import apply_settings, settings_of
+from torchtitan.experiments.lighthouse.seams.parallelism import gather_gradients_without_the_host
 from torchtitan.tools.logging import logger
 
 Batch = tuple[dict[str, Tensor], Tensor]
@@ -99,6 +100,7 @@ class HookedTrainer(upstream.Trainer):
         self.optimizers.register_step_pre_hook(lambda *_: self.check_before_optimizer_step())
         if job_config.training.cuda_graph:
             (model,) = self.model_parts
+            gather_gradients_without_the_host()
             self._graphed = GraphedForwardBackward(
                 super().forward_backward_step,
                 model,
