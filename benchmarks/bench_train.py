@@ -45,6 +45,9 @@ MILLION = (
     *FULL_CHECKPOINTING,
 )
 
+#: 88 GiB of host memory at 2,097,152 tokens.
+OFFLOADED = "--activation_checkpoint.offload_layers=22"
+
 Run = tuple[str, tuple[str, ...]]
 
 
@@ -71,6 +74,9 @@ RUNS: dict[str, Run] = {
     "98k plain torch": ("530m_stage1.toml", ("--lighthouse.backend=torch", *FULL_CHECKPOINTING)),
     "98k k2048": ("530m_stage1.toml", (*NO_CHECKPOINTING, "--lighthouse.top_k=2048")),
     "1m": ("530m_stage1.toml", MILLION),
+    "98k offload": ("530m_stage1.toml", (*FULL_CHECKPOINTING, OFFLOADED)),
+    "1m offload": ("530m_stage1.toml", (*MILLION, OFFLOADED)),
+    "2m offload": ("530m_stage1.toml", (*MILLION, OFFLOADED, "--training.seq_len=2097152")),
     **context_parallel_runs(2),
     **context_parallel_runs(4),
 }
