@@ -70,6 +70,7 @@ RUNS: dict[str, Run] = {
     "98k": ("530m_stage1.toml", NO_CHECKPOINTING),
     "98k full checkpointing": ("530m_stage1.toml", FULL_CHECKPOINTING),
     "98k selective checkpointing": ("530m_stage1.toml", ()),
+    "98k recommended": ("530m_recommended.toml", ()),
     "98k dilated": ("530m_stage1.toml", (*NO_CHECKPOINTING, "--lighthouse.scorer=dilated", "--lighthouse.dilation=4")),
     "98k plain torch": ("530m_stage1.toml", ("--lighthouse.backend=torch", *FULL_CHECKPOINTING)),
     "98k k2048": ("530m_stage1.toml", (*NO_CHECKPOINTING, "--lighthouse.top_k=2048")),
