@@ -87,10 +87,11 @@ def layers_to_offload(work: Workload, memory_gib: float) -> Workload | None:
 
 
 def _states(work: Workload) -> int:
-    """Weights, gradients and moments in float32, shared out among all GPUs, and the gathered weights in bfloat16."""
+    """Weights, gradients and moments in float32, shared out among all GPUs, the gathered weights in bfloat16, and the
+    rotary table of the whole sequence."""
     sharded = 4 * SINGLE * work.parameters // work.gpus
     gathered = work.parameters if work.keeps_weights else 2 * work.vocab_size * work.dim + 2 * work.layer_parameters
-    return sharded + HALF * gathered
+    return sharded + HALF * gathered + SINGLE * work.seq_len * work.head_dim
 
 
 def _kept(work: Workload, through: bool) -> int:
