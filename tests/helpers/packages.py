@@ -1,4 +1,4 @@
-"""Stand-ins for the packages of FlashAttention 3 and 4: the same names and layouts, in float64."""
+"""Stand-ins for the packages of FlashAttention 3 and 4: the same names and layouts, in plain torch."""
 
 import sys
 from types import ModuleType, SimpleNamespace
@@ -8,15 +8,17 @@ import torch
 from torch import Tensor
 
 from lighthouse import flash_packages, inner_attention
+from lighthouse.pyramid import accumulation_dtype
 
 #: The calls that were made of a stand-in: its name and the shape of the queries, [B, N, H, D].
 Calls = list[tuple[str, tuple[int, ...]]]
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """[B, N, H, D] and twice [B, N, G, D] to causal attention's rows and log-sum-exps [B, H, N], all in float64."""
+    """[B, N, H, D] and twice [B, N, G, D] to causal attention's rows and log-sum-exps [B, H, N], float32
+    (float64 for float64 inputs)."""
     per_group = query.shape[2] // key.shape[2]
-    query, key, value = (x.double().transpose(1, 2) for x in (query, key, value))
+    query, key, value = (x.to(accumulation_dtype(x.dtype)).transpose(1, 2) for x in (query, key, value))
     key, value = (x.repeat_interleave(per_group, dim=1) for x in (key, value))
     scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
     position = torch.arange(query.shape[2], device=query.device)
@@ -25,13 +27,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def differentiate(grad, query, key, value, out, sums) -> list[Tensor]:
-    """The three gradients, float64; ``out`` and ``sums`` must be what ``attend`` returned, rounded."""
+    """The three gradients, float32; ``out`` and ``sums`` must be what ``attend`` returned, rounded."""
     with torch.enable_grad():
-        rows = [x.detach().double().requires_grad_() for x in (query, key, value)]
+        rows = [x.detach().float().requires_grad_() for x in (query, key, value)]
         again, sums_again = attend(*rows)
         torch.testing.assert_close(out, again.to(out.dtype))
-        torch.testing.assert_close(sums, sums_again.float())
-        return list(torch.autograd.grad(again, rows, grad.double()))
+        torch.testing.assert_close(sums, sums_again)
+        return list(torch.autograd.grad(again, rows, grad.float()))
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> Calls:
@@ -41,7 +43,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Calls:
     def forward(name, query, key, value):
         calls.append((name, tuple(query.shape)))
         out, sums = attend(query, key, value)
-        return out.to(query.dtype).contiguous(), sums.float()
+        return out.to(query.dtype).contiguous(), sums
 
     # What FlashAttention 3 registers with torch: it writes its gradients into tensors that it is given.
     def fwd(q, k, v, *, softmax_scale, is_causal, num_splits):

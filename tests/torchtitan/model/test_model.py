@@ -145,7 +145,6 @@ def test_every_layer_attends_by_the_kernels_that_are_chosen(overrides, one_proce
     dense step. Their results are kept when activations are checkpointed selectively."""
     calls = packages.install(monkeypatch)
     monkeypatch.setattr("torchtitan.experiments.lighthouse.infra.parallelize.check_machine", lambda *_: None)
-    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", None)
     torch._dynamo.reset()
     model, config = build("--lighthouse.inner_attention", "flash4", *overrides)
     plain, _ = build()
@@ -154,14 +153,14 @@ def test_every_layer_attends_by_the_kernels_that_are_chosen(overrides, one_proce
     model = parallelize_lighthouse(model, dims, config)
     for models, lengths in (([], [1024, 1024, selected, selected, 1024, 1024]), ([model], [1024] * 6)):
         with dense_attention(models):
-            logits = model(tokens())
+            logits = model(tokens(batch=1))
             assert [(name, shape[1]) for name, shape in calls] == [("flash4", length) for length in lengths]
             logits.float().logsumexp(-1).sum().backward()
         assert len(calls) == 6
         calls.clear()
     monkeypatch.undo()
     with dense_attention([plain]):
-        torch.testing.assert_close(logits.float(), plain(tokens()), rtol=0, atol=0.05)
+        torch.testing.assert_close(logits.float(), plain(tokens(batch=1)), rtol=0, atol=0.05)
 
 
 @pytest.mark.parametrize("name", SDPA_BACKENDS)
