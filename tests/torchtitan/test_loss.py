@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from torchtitan.components.loss import IGNORE_INDEX, cross_entropy_loss
 from torchtitan.experiments.lighthouse import loss as lighthouse_loss
 from torchtitan.experiments.lighthouse.loss import OutputProjection
@@ -58,7 +59,9 @@ def test_bfloat16_is_no_further_from_the_truth_than_upstream(small_chunks):
 def test_without_gradients_none_are_computed(small_chunks):
     projection, hidden, labels = inputs(torch.float32)
     with torch.no_grad():
-        loss = projection(hidden, labels)
+        with FlopCounterMode(display=False) as products:
+            loss = projection(hidden, labels)
+        assert products.get_total_flops() == 2 * ROWS * DIM * VOCABULARY
         torch.testing.assert_close(loss, cross_entropy_loss(projection(hidden), labels))
     assert not loss.requires_grad
 

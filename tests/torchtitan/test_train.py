@@ -175,7 +175,11 @@ def test_fsdp_trains_validates_and_resumes(tmp_path):
     assert f"Stage 1, step 3 of 4, sample: {'import ' + sample['sample']!r}\n" in printed
     assert printed.count("Stage 1 is complete") == printed.count("bits per byte (") + 1 == 1
     train(parts, 2, training__steps="2", **settings)
-    train(parts, 2, training__steps="4", **settings, activation_checkpoint__offload_layers="4")
+    # Of new weights, no column is negligible.
+    same = {"activation_checkpoint__offload_layers": "4", "training__sparse_loss_gradient": None}
+    said = train(parts, 2, training__steps="4", **settings, **same).stdout
+    assert "Not as in the checkpoint: training.sparse_loss_gradient False → True" in said
+    assert [r["gradient_columns"] for r in metrics(parts) if "gradient_columns" in r] == [1, 1]
     assert losses(whole) == losses(parts) and len(losses(whole)) == 4
     assert losses(whole)[4] < losses(whole)[1]
     validated = [record for record in metrics(whole) if "validation_loss" in record]

@@ -9,6 +9,7 @@ from helpers.launch import CONFIG, SMALL, flags, run_ranks
 
 WINDOWED = ["--lighthouse.selection=causal", "--lighthouse.local_window=128"]
 MERGED = "--lighthouse.combine=softmax"
+SPARSE = ["--training.sparse_loss_gradient", "--llama.vocab_size=2048"]
 FLOAT32 = flags({name: value for name, value in SMALL.items() if not name.startswith("checkpoint.")})
 
 
@@ -19,14 +20,17 @@ FLOAT32 = flags({name: value for name, value in SMALL.items() if not name.starts
         ((1, 1, 2), ["--parallelism.disable_loss_parallel"]),
         ((1, 1, 2), ["--parallelism.disable_loss_parallel", "--model.flavor=debug_gqa", *WINDOWED]),
         ((1, 1, 2), ["--parallelism.disable_loss_parallel", "--model.flavor=debug_gqa", *WINDOWED, MERGED]),
-        ((2, 2, 1), ["--activation_checkpoint.mode=full", "--activation_checkpoint.offload_layers=3", *WINDOWED]),
+        (
+            (2, 2, 1),
+            ["--activation_checkpoint.mode=full", "--activation_checkpoint.offload_layers=3", *WINDOWED, *SPARSE],
+        ),
     ],
     ids=[
         "FSDP 2",
         "TP 2",
         "TP 2, grouped heads, window",
         "the same, merged",
-        "HSDP 2x2, full activation checkpointing, offloaded, window",
+        "HSDP 2x2, full activation checkpointing, offloaded, window, sparse gradient of the loss",
     ],
 )
 def test_parallel_equals_one_process(layout, overrides):

@@ -24,6 +24,7 @@ ON = "--training.cuda_graph"
         ((), 8, None, "WORLD_SIZE=8: must be 1"),
         (("--training.enable_cpu_offload",), 1, None, "training.enable_cpu_offload=true"),
         (("--optimizer.early_step_in_backward",), 1, None, "optimizer.early_step_in_backward=true"),
+        (("--training.sparse_loss_gradient",), 1, None, "training.sparse_loss_gradient=true waits for the device"),
         (("--model.converters=float8",), 1, None, "model.converters=['float8']"),
         (("--activation_checkpoint.mode=full",), 1, None, "activation_checkpoint.mode='full'"),
         (("--activation_checkpoint.offload_layers=2",), 1, None, "activation_checkpoint.offload_layers=2"),

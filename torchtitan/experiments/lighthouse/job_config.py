@@ -247,6 +247,12 @@ class Training(upstream.Training):
     host. Losses and weights stay the same, to the bit. Its memory is not free for anything else, validation for example
     """
 
+    sparse_loss_gradient: bool = False
+    """
+    Leave out of the loss's gradient the columns of the vocabulary that are negligible in a whole chunk of rows: their
+    probabilities add up to no more than the rounding of one. For vocabularies of which the data uses a small part
+    """
+
     max_bad_records: int = 0
     """
     How many records without a usable text may be skipped in one pass over the files. They are logged. One more ends the

@@ -18,6 +18,12 @@ from torch.autograd.function import once_differentiable
 from torchtitan.components.loss import IGNORE_INDEX, LossFunction, build_cross_entropy_loss
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
+from torchtitan.experiments.lighthouse.errors import Refused
+from torchtitan.experiments.lighthouse.job_config import MergedConfig
+from torchtitan.experiments.lighthouse.sparse_gradient import SparseGradient
+
+#: The setting, by its full name.
+SPARSE = "training.sparse_loss_gradient"
 
 #: Logits of one chunk: 8,192 rows of Llama 3's vocabulary, 2 GiB in bfloat16.
 CHUNK_LOGITS = 2**30
@@ -34,18 +40,27 @@ class OutputProjection(nn.Linear):
     def __init__(self, dim: int, vocab_size: int) -> None:
         super().__init__(dim, vocab_size, bias=False)
         self.of_chunk: ChunkLoss = loss_and_gradient
+        #: ``training.sparse_loss_gradient``
+        self.sparse: SparseGradient | None = None
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
         """[B, N, dim] to logits [B, N, vocab_size], or, with labels [B, N] int64, to the loss, float32, a scalar."""
         if labels is None:
+            if self.sparse is not None and torch.is_grad_enabled():
+                raise RuntimeError(
+                    f"{SPARSE}=true: this trainer computes the loss outside of the model; start the run with "
+                    f"-m torchtitan.experiments.lighthouse.train, or set {SPARSE}=false"
+                )
             return super().forward(hidden)
         weight, device = self.weight, hidden.device.type
         if torch.is_autocast_enabled(device):
             hidden, weight = (x.to(torch.get_autocast_dtype(device)) for x in (hidden, weight))
-        return linear_cross_entropy(hidden.flatten(0, 1), weight, labels.flatten(), self.of_chunk)
+        return linear_cross_entropy(hidden.flatten(0, 1), weight, labels.flatten(), self.of_chunk, self.sparse)
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, of_chunk: ChunkLoss) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, of_chunk: ChunkLoss, sparse: SparseGradient | None = None
+) -> Tensor:
     """The summed cross-entropy of ``hidden @ weight.T``, differentiable once, in hidden and weight.
 
     Args:
@@ -53,11 +68,16 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, of_chun
         weight: [V, dim], of the same dtype.
         labels: [T] int64; positions labelled ``IGNORE_INDEX`` count for nothing.
         of_chunk: ``loss_and_gradient``, as it stands or compiled.
+        sparse: leaves the negligible columns of a chunk out of its gradient, where there are many; None: leaves out
+            nothing.
 
     Returns:
         A scalar, float32 (float64 for float64 inputs).
     """
-    return _LinearCrossEntropy.apply(hidden, weight, labels, of_chunk)
+    if not torch.is_grad_enabled():
+        # ``needs_input_grad`` says what a parameter is, not whether anything is recorded.
+        hidden, weight = hidden.detach(), weight.detach()
+    return _LinearCrossEntropy.apply(hidden, weight, labels, of_chunk, sparse)
 
 
 def loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,7 +93,14 @@ def loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, of_chunk: ChunkLoss) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        of_chunk: ChunkLoss,
+        sparse: SparseGradient | None,
+    ) -> Tensor:
         precise = _at_least_float32(hidden.dtype)
         total = torch.zeros((), device=hidden.device, dtype=precise)
         with_grad = any(ctx.needs_input_grad)
@@ -84,11 +111,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = max(128, CHUNK_LOGITS // weight.shape[0] // 1024 * 1024)
         for start in range(0, hidden.shape[0], rows):
             chunk = slice(start, start + rows)
-            loss, grad = of_chunk(F.linear(hidden[chunk], weight), labels[chunk])
+            logits = F.linear(hidden[chunk], weight)
+            if with_grad and sparse is not None and (part := sparse.of_chunk(logits, labels[chunk])) is not None:
+                loss, grad, columns = part
+                del logits, part
+                torch.mm(grad, weight[columns], out=hidden_grad[chunk])
+                weight_grad.index_add_(0, columns, (grad.T @ hidden[chunk]).to(precise))
+            else:
+                loss, grad = of_chunk(logits, labels[chunk])
+                del logits
+                if with_grad:
+                    torch.mm(grad, weight, out=hidden_grad[chunk])
+                    weight_grad += grad.T @ hidden[chunk]
             total += loss
-            if with_grad:
-                torch.mm(grad, weight, out=hidden_grad[chunk])
-                weight_grad += grad.T @ hidden[chunk]
             del grad
         if with_grad:
             ctx.save_for_backward(hidden_grad, weight_grad)
@@ -99,7 +134,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, weight_grad = ctx.saved_tensors
-        return hidden_grad * grad, (weight_grad * grad).to(ctx.weight_dtype), None, None
+        return hidden_grad * grad, (weight_grad * grad).to(ctx.weight_dtype), None, None, None
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -118,6 +153,23 @@ def model_takes_labels(parallel_dims: ParallelDims) -> bool:
     Tensor parallelism shards the vocabulary and has its own parallel loss; pipeline stages hand on activations only.
     """
     return not (parallel_dims.tp_enabled or parallel_dims.pp_enabled)
+
+
+def check_sparse_gradient(config: MergedConfig) -> None:
+    """Whether the model computes its loss, if it is asked to leave columns out of its gradient.
+
+    Raises:
+        Refused: naming the degree that keeps it from doing so, and the nearest valid value.
+    """
+    if not config.training.sparse_loss_gradient:
+        return
+    for kind in ("tensor", "pipeline"):
+        name = f"{kind}_parallel_degree"
+        if (degree := getattr(config.parallelism, name)) > 1:
+            raise Refused(
+                f"{SPARSE}=true: with parallelism.{name}={degree} the loss is not computed inside of the model; "
+                "nearest valid value: false"
+            )
 
 
 def with_labels(processed: Processed, parallel_dims: ParallelDims) -> Processed:

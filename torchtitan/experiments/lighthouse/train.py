@@ -31,7 +31,7 @@ from torchtitan.experiments.lighthouse.data.tokenizer import build_tokenizer, ch
 from torchtitan.experiments.lighthouse.errors import Refused, as_refusal
 from torchtitan.experiments.lighthouse.infra.offload import check_host_memory, check_offload
 from torchtitan.experiments.lighthouse.job_config import MergedConfig, check_degrees
-from torchtitan.experiments.lighthouse.loss import Processed, with_labels
+from torchtitan.experiments.lighthouse.loss import Processed, check_sparse_gradient, with_labels
 from torchtitan.experiments.lighthouse.metrics import LighthouseMetricsProcessor
 from torchtitan.experiments.lighthouse.model.args import LighthouseModelArgs
 from torchtitan.experiments.lighthouse.model.model import LighthouseTransformer, dense_attention
@@ -43,6 +43,7 @@ from torchtitan.experiments.lighthouse.runs.stopping import Requests
 from torchtitan.experiments.lighthouse.seams import cuda_graph
 from torchtitan.experiments.lighthouse.seams import trainer as seam
 from torchtitan.experiments.lighthouse.seams.settings import main
+from torchtitan.experiments.lighthouse.sparse_gradient import SparseGradient
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type
 
@@ -70,6 +71,7 @@ class LighthouseTrainer(seam.HookedTrainer):
             check_degrees(self.job_config.parallelism, world_size)
             cuda_graph.check(self.job_config, world_size, self.recorder.why_not())
             contract.check_context(self.job_config)
+            check_sparse_gradient(self.job_config)
             kernels = self.job_config.lighthouse.inner_attention
             check_machine(kernels, torch.device(device_type), "lighthouse.inner_attention")
         model = model_arguments(self.job_config)
@@ -199,6 +201,9 @@ class LighthouseTrainer(seam.HookedTrainer):
         self._requests, self._saved_at = Requests(patience), time.monotonic()
         processor = cast(LighthouseMetricsProcessor, self.metrics_processor)
         processor.before_log = lambda: self._refuse_nonfinite(self._unchecked)
+        if self.job_config.training.sparse_loss_gradient:
+            sparse = cast(LighthouseTransformer, self.model_parts[-1]).output.sparse
+            processor.gradient_columns = cast(SparseGradient, sparse).share
         if isinstance(self.dataloader, StreamLoader):
             # Upstream's count is that of one rank, and there may be another number of ranks now.
             if self.dataloader.resumed:

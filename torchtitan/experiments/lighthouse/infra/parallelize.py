@@ -10,6 +10,7 @@ from torchtitan.config.job_config import Parallelism
 from torchtitan.distributed import ParallelDims
 from torchtitan.experiments.lighthouse.infra.offload import offload_inputs
 from torchtitan.experiments.lighthouse.seams import context_parallel, parallelism
+from torchtitan.experiments.lighthouse.sparse_gradient import SparseGradient
 from torchtitan.models.llama3 import parallelize_llama
 from torchtitan.tools.utils import device_type
 
@@ -39,8 +40,12 @@ def parallelize_lighthouse(
     if config is not None and config.resolve_backend(device_type) == "triton":
         parallelism.keep_when_checkpointing_selectively(load_kernels().WORTH_SAVING)
     model = parallelize_llama(model, parallel_dims, job_config)
-    if job_config.compile.enable and "loss" in job_config.compile.components and model.output is not None:
-        model.output.of_chunk = torch.compile(model.output.of_chunk, backend=job_config.compile.backend)
+    compiles = job_config.compile.enable and "loss" in job_config.compile.components
+    backend = job_config.compile.backend if compiles else None
+    if backend is not None and model.output is not None:
+        model.output.of_chunk = torch.compile(model.output.of_chunk, backend=backend)
+    if getattr(job_config.training, "sparse_loss_gradient", False) and model.output is not None:
+        model.output.sparse = SparseGradient(backend)
     if parallel_dims.world_size == 1:
         parallelism.shard_on_one_device(model, parallel_dims, job_config.training)
     if device_type == "cpu":

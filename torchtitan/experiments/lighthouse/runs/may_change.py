@@ -68,6 +68,7 @@ RULES = {
     "optimizer": Rule.TOLD,
     "lr_scheduler": Rule.TOLD,
     "training.max_norm": Rule.TOLD,
+    "training.sparse_loss_gradient": Rule.TOLD,
     "training.mixed_precision_param": Rule.TOLD,
     "training.mixed_precision_reduce": Rule.TOLD,
     # What a stage is.

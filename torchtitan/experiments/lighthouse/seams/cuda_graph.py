@@ -246,6 +246,10 @@ def check(config: MergedConfig, world_size: int, why_not: str | None) -> None:
             f"activation_checkpoint.offload_layers={checkpointing.offload_layers} copies beside the graph's stream",
         ),
         (
+            config.training.sparse_loss_gradient,
+            "training.sparse_loss_gradient=true waits for the device, to know how many columns have a gradient",
+        ),
+        (
             bool(config.model.converters),
             f"model.converters={config.model.converters}: what they change after a step is not seen by the graph",
         ),
