@@ -48,6 +48,8 @@ MILLION = (
 #: 88 GiB of host memory at 2,097,152 tokens.
 OFFLOADED = "--activation_checkpoint.offload_layers=22"
 
+GRAPH = "--training.cuda_graph"
+
 Run = tuple[str, tuple[str, ...]]
 
 
@@ -73,7 +75,13 @@ RUNS: dict[str, Run] = {
     "98k recommended": ("530m_recommended.toml", ()),
     "98k dilated": ("530m_stage1.toml", (*NO_CHECKPOINTING, "--lighthouse.scorer=dilated", "--lighthouse.dilation=4")),
     "98k plain torch": ("530m_stage1.toml", ("--lighthouse.backend=torch", *FULL_CHECKPOINTING)),
+    "98k sparse gradient": ("530m_stage1.toml", (*NO_CHECKPOINTING, "--training.sparse_loss_gradient")),
     "98k k2048": ("530m_stage1.toml", (*NO_CHECKPOINTING, "--lighthouse.top_k=2048")),
+    "98k flash4 dense": ("530m_dense.toml", (*NO_CHECKPOINTING, "--lighthouse.inner_attention=flash4")),
+    "32m graph dense": ("32m_32k.toml", ("--lighthouse.no-enable", GRAPH)),
+    "32m dense": ("32m_32k.toml", ("--lighthouse.no-enable",)),
+    "32m": ("32m_32k.toml", ()),
+    "32m graph": ("32m_32k.toml", (GRAPH,)),
     "1m": ("530m_stage1.toml", MILLION),
     "98k offload": ("530m_stage1.toml", (*FULL_CHECKPOINTING, OFFLOADED)),
     "1m offload": ("530m_stage1.toml", (*MILLION, OFFLOADED)),
