@@ -1,8 +1,8 @@
 """Predictions of ``plan`` beside runs that were measured, and how far off they are without what was fitted.
 
-    python benchmarks/compare_plan.py benchmarks/reports/2026-11-26-plan/runs.csv
+    python benchmarks/compare_plan.py benchmarks/reports/*-plan/runs.csv
 
-prints the tables of the report: every run as predicted; the same without the fitted constants; and each report's
+prints the tables of a report: every run as predicted; the same without the fitted constants; and each report's
 runs after the constants were fitted to the runs of all other reports. Needs no GPU.
 """
 
@@ -174,6 +174,8 @@ def table(runs: list[Run]) -> list[str]:
     }
     lines += ["", "| error | runs | median | largest |", "| --- | --- | --- | --- |"]
     for kind, errors in kinds.items():
+        if not errors:
+            continue
         sizes = [abs(error) for error in errors]
         lines.append(f"| {kind} | {len(sizes)} | {median(sizes):.1%} | {max(sizes):.1%} |")
     return lines
@@ -181,8 +183,8 @@ def table(runs: list[Run]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, help="the .csv file of a report")
-    print("\n".join(table(read_runs(parser.parse_args().runs))))
+    parser.add_argument("runs", type=Path, nargs="+", help="the .csv files of reports")
+    print("\n".join(table([run for file in parser.parse_args().runs for run in read_runs(file)])))
 
 
 if __name__ == "__main__":

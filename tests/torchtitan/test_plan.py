@@ -119,6 +119,36 @@ def test_kernels_that_split_no_sequence_are_planned_without(capsys):
     assert "attention by 'flash4' (the rates are of cuDNN)" in said["flash4"] and "Not measured" not in said["auto"]
 
 
+@pytest.mark.parametrize("config", sorted(file.name for file in (REPOSITORY / "train_configs").glob("*.toml")))
+def test_every_file_of_settings_is_planned(config, capsys):
+    """On a node of H100s; the demo, which is for CPUs too, is refused in one line."""
+    file = REPOSITORY / "train_configs" / config
+    arguments = ["--model", str(file), "--gpus", "8", "--gpu", "h100"]
+    if config == "demo.toml":
+        assert "training.mixed_precision_param=float32" in refusal(arguments, capsys)
+        return
+    plan.main(arguments)
+    printed = capsys.readouterr().out
+    assert any(line.startswith("→") and line.endswith(" fits") for line in printed.splitlines())
+    assert ("lighthouse.combine='softmax'" in printed) == ('combine = "softmax"' in file.read_text())
+
+
+def test_a_step_that_waits_for_the_host_names_the_graph(capsys):
+    """With the graph the prediction is what was promised without; only checkpointing that it goes with is offered."""
+    config = ["--model", str(REPOSITORY / "train_configs/32m_32k.toml"), "--gpu", "h100"]
+    plan.main(config)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "waits for the host" in line)
+    speed = re.search(r"training.cuda_graph=true: ([\d,]+) tokens/s/GPU", line)[1]
+    plan.main([*config, "--", "--training.cuda_graph"])
+    printed = capsys.readouterr().out
+    assert f"→  none           1                 5.4 / 6.0  {speed} /" in printed and "waits" not in printed
+    assert "selective  " not in printed and "the memory of training.cuda_graph" in printed
+    plan.main([*config, "--gpus", "8"])
+    assert "waits for the host" in (printed := capsys.readouterr().out) and "local_batch_size" in printed
+    message = refusal([*config, "--checkpointing", "full", "--", "--training.cuda_graph"], capsys)
+    assert "activation_checkpoint.mode='full'" in message and "nearest valid value: false" in message
+
+
 def test_the_memory_that_a_refusal_names_is_enough(capsys):
     base = ["--model", "32m", "--seq-len", "98304"]
     plan.main([*base, "--memory", "6", "--checkpointing", "full"])

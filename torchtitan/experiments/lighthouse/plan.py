@@ -135,6 +135,7 @@ def plan(options: argparse.Namespace) -> list[str]:
         "",
         tables.checkpoints(chosen, options.disk, minutes),
         *tables.host(chosen.work),
+        *tables.pace(chosen, rates),
         *tables.doubts(chosen.work, rates),
     ]
     if options.toml is None:

@@ -9,7 +9,7 @@ from torchtitan.experiments.lighthouse.errors import Refused
 from torchtitan.experiments.lighthouse.planning import memory
 from torchtitan.experiments.lighthouse.planning.rates import Rates
 from torchtitan.experiments.lighthouse.planning.step import GPUS_PER_NODE, Prediction, predict
-from torchtitan.experiments.lighthouse.planning.workload import CHECKPOINTING, Workload
+from torchtitan.experiments.lighthouse.planning.workload import CHECKPOINTING, Checkpointing, Workload
 
 from lighthouse.flash_packages import PACKAGES
 
@@ -55,6 +55,15 @@ def context_parallel_degrees(work: Workload) -> Iterator[int]:
         yield degree
 
 
+def checkpointing_modes(work: Workload) -> Sequence[Checkpointing]:
+    """Those that go with the other settings, from the fastest on."""
+    if work.offloaded:
+        return CHECKPOINTING[1:]
+    # A graph goes with the others only where they do not keep the state of the random generator. Then the settings may
+    # have one of them.
+    return CHECKPOINTING[:1] if work.cuda_graph and work.checkpointing == "none" else CHECKPOINTING
+
+
 def choices(work: Workload, rates: Rates, tokens: float, split: tuple[float, float] = SPLIT) -> list[Choice]:
     """All that are valid, fastest first.
 
@@ -64,7 +73,7 @@ def choices(work: Workload, rates: Rates, tokens: float, split: tuple[float, flo
     """
     found = []
     for degree in context_parallel_degrees(work):
-        for mode in CHECKPOINTING[1:] if work.offloaded else CHECKPOINTING:
+        for mode in checkpointing_modes(work):
             one = replace(work, context_parallel=degree, checkpointing=mode)
             stage1, dense = predict(one, rates), predict(one.dense(), rates)
             shares = [part / sum(split) for part in split]

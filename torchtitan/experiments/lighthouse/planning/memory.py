@@ -36,7 +36,13 @@ def peak_gib(work: Workload) -> float:
     kinds = [work]
     if work.dense_every:
         kinds.append(work.dense())
-    return max(_peak(kind) for kind in kinds) / GIB
+    return (max(_peak(kind) for kind in kinds) + _held_by_graphs(work)) / GIB
+
+
+def _held_by_graphs(work: Workload) -> int:
+    """Beside the gradients of one graph: their sums over several batches, and those of the graph of dense steps."""
+    more = (work.times_per_step > 1) + (work.dense_every > 0)
+    return work.cuda_graph * more * SINGLE * work.parameters
 
 
 def fits(gib: float, memory_gib: float) -> bool:
@@ -105,7 +111,9 @@ def _kept(work: Workload, through: bool) -> int:
     width = d + ffn
     if not through or not work.selects or work.window:
         # Elsewhere the gathered rows are kept, and nobody wants query and value again.
-        width += 2 * d + kv
+        width += d + kv
+        # Attention's result, but not the window's part of a softmax by cuDNN and Flash.
+        width += 0 if through and work.merges and not work.by_flex else d
     return HALF * work.tokens_at_once * width + _kept_by_attention(work, through)
 
 
@@ -117,7 +125,9 @@ def _kept_without_checkpointing(work: Workload, through: bool) -> int:
     if not through or not work.selects:
         width += d + 2 * kv
     elif work.window:
-        width += 2 * (d + kv)
+        width += d + 2 * kv
+        # The window's rows, but in a softmax by cuDNN and Flash its backward takes the output's in their place.
+        width += 0 if work.merges and not work.by_flex else d
     return HALF * work.tokens_at_once * width + _kept_by_attention(work, through)
 
 
@@ -127,7 +137,12 @@ def _kept_by_attention(work: Workload, through: bool) -> int:
         return 0
     rows = work.rows_at_once if through else work.tokens_at_once
     width = 2.0 * (work.dim + work.kv_dim) if through else 0.0
-    if work.context_parallel > 1:
+    if through and work.by_flex:
+        # No ring: queries, their rows, and the keys and values of all ranks.
+        width += 2 * (work.context_parallel - 1) * work.kv_dim
+    elif through and work.merges and work.checkpointing == "none":
+        width -= work.dim  # Its backward takes others in the place of the rows that it returned.
+    elif work.context_parallel > 1:
         others = work.context_parallel - (work.rotation == "alltoall")
         width += others * 2 * work.kv_dim + RING_OUTPUTS * work.dim
     return round(HALF * rows * width)

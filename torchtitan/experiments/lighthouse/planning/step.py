@@ -6,7 +6,7 @@ they name (benchmarks/reports/2026-11-26-plan.md says which runs were held out).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torchtitan.experiments.lighthouse.planning.memory import HALF, SINGLE, peak_gib
 from torchtitan.experiments.lighthouse.planning.rates import Rates
@@ -25,7 +25,8 @@ RING_PASSES = 10
 #: Share of its speed alone that attention has within a step; trace of "98k k=2048".
 SUSTAINED = 0.95
 
-#: Seconds of a step in which the GPU has nothing to do, whatever the model; trace of "98k k=2048" (8 ms idle).
+#: Seconds of a step in which the GPU has nothing to do, whatever the model; trace of "98k k=2048" (8 ms idle). None
+#: with ``training.cuda_graph``; "32M 32k Stage 1, CUDA graph".
 FIXED = 0.01
 
 #: Bytes that each pass moves for each parameter, on every GPU: gathering, casts, the embedding's gradient, and what no
@@ -92,7 +93,8 @@ def gpu_seconds(work: Workload, rates: Rates) -> dict[str, float]:
     parts = {name: work.times_per_step * seconds for name, seconds in once.items()}
     # The exchange of weights and gradients hides behind everything else, but for its first and last part.
     parts["exchange"] += work.times_per_step * _shards(work, rates, behind=sum(once.values()))
-    parts["optimizer and fixed"] = FIXED + _optimizer(work) / rates.copy
+    idle = 0.0 if work.cuda_graph else FIXED
+    parts["optimizer and fixed"] = idle + _optimizer(work) / rates.copy
     return parts
 
 
@@ -122,24 +124,65 @@ def _attention(work: Workload, rates: Rates, keys: int, queries: int) -> float:
 def _lighthouse(work: Workload, rates: Rates) -> float:
     """Seconds of one Lighthouse layer beside its products and norms."""
     d, kv, tokens, rows = work.dim, work.kv_dim, work.tokens_at_once, work.rows_at_once
-    again = {"none": 0, "selective": 0, "full": 1}[work.checkpointing]
-    seconds = 0.0
-    if work.selects:
-        score, gather, scatter = tokens * (d + kv), (tokens + rows) * (d + 2 * kv), (tokens + rows) * d
-        # Selective checkpointing keeps what was gathered and scatters again.
-        numbers = (1 + again) * (score + gather) + (1 + (work.checkpointing != "none")) * scatter + gather + scatter
-        seconds += HALF * numbers / (KERNELS * rates.copy) + (1 + again) * SELECTION
-        seconds += _attention(work, rates, work.rows, rows)
-        if work.geometry.scorer == "dilated":
-            pairs = attention_operations(d, tokens, work.seq_len / work.geometry.dilation)
-            seconds += (1 + again) * 2 * pairs * SCORER_SLOWDOWN / rates.attention_forward
-    if work.window:
-        operations = 2 * attention_operations(d, tokens, work.window)
-        forward = operations / rates.window_forward + HALF * tokens * 2 * (d + kv) / (KERNELS * rates.copy)
-        # Gradients of query, key and value come from two sides, and are added up.
-        backward = 2.5 * operations / rates.window_backward
-        backward += HALF * tokens * (6 * d + 6 * kv) / (KERNELS * rates.copy)
-        seconds += (1 + (work.checkpointing != "none")) * forward + backward
+    again = int(work.checkpointing == "full")
+    # Selective checkpointing keeps what was gathered and what attention returns, and scatters again. With a softmax by
+    # cuDNN and Flash it keeps nothing of the window, and merges again.
+    partly_again = int(work.checkpointing != "none")
+    forward, backward = _window(work, rates)
+    seconds = (1 + (partly_again if work.merges and not work.by_flex else again)) * forward + backward
+    if not work.selects:
+        return seconds
+    score, gather = tokens * (d + kv), (tokens + rows) * (d + 2 * kv)
+    joined, joined_back = _joined(work)
+    numbers = (1 + again) * (score + gather) + gather + (1 + partly_again) * joined + joined_back
+    seconds += HALF * numbers / (KERNELS * rates.copy) + (1 + again) * SELECTION
+    seconds += _attention_by_flex(work, rates, forward) if work.by_flex else _attention(work, rates, work.rows, rows)
+    if work.geometry.scorer == "dilated":
+        pairs = attention_operations(d, tokens, work.seq_len / work.geometry.dilation)
+        seconds += (1 + again) * 2 * pairs * SCORER_SLOWDOWN / rates.attention_forward
+    return seconds
+
+
+def _window(work: Workload, rates: Rates) -> tuple[float, float]:
+    """Seconds of one layer's attention over the local window, forward and backward."""
+    d, kv, tokens = work.dim, work.kv_dim, work.tokens_at_once
+    operations = 2 * attention_operations(d, tokens, work.window)
+    # Gradients of query, key and value come from two sides, and are added up. That of a row comes from what is
+    # scattered, but in a softmax it is the result's.
+    moved = (2 * (d + kv), 5 * d + 6 * kv if work.merges else 6 * (d + kv))
+    both = ((operations, rates.window_forward), (2.5 * operations, rates.window_backward))
+    forward, backward = (
+        count / rate + HALF * tokens * width / (KERNELS * rates.copy)
+        for (count, rate), width in zip(both, moved, strict=True)
+    )
+    return (forward, backward) if work.window else (0.0, 0.0)
+
+
+def _joined(work: Workload) -> tuple[float, float]:
+    """Numbers that are read and written where the rows of all levels become the output, forward and backward."""
+    long, short = work.tokens_at_once * work.dim, work.rows_at_once * work.dim
+    near = long if work.window else 0
+    if not work.merges:
+        return long + short, long + short
+    if work.by_flex:
+        # Compiled: of each level the weighted gradient, which is scattered back.
+        return long + short + near, work.geometry.num_levels * (3 * long + 2 * short) + 2 * long + 3 * near
+    # Gradient and result become two rows of each entry.
+    return long + short + near, 2 * (long + short)
+
+
+def _attention_by_flex(work: Workload, rates: Rates, window: float) -> float:
+    """Seconds of one layer's attention to the selected rows of all ranks, whose keys and values travel behind that of
+    the ``window``."""
+    rows, ranks = work.rows_at_once, work.context_parallel
+    # FlexAttention as fast as cuDNN: "32M 98k softmax by FlexAttention".
+    seconds = _attention(replace(work, context_parallel=1), rates, work.rows, rows)
+    if ranks > 1:
+        travel = HALF * (ranks - 1) * rows * 2 * work.kv_dim / _link(rates, ranks)
+        # Checkpointing keeps nothing that was received. Gradients hide behind nothing.
+        seconds += (1 + (work.checkpointing != "none")) * max(0.0, travel - window) + travel
+        # Written to be sent, received, put in order; the same back.
+        seconds += HALF * 6 * ranks * rows * 2 * work.kv_dim / (ELEMENTWISE * rates.copy)
     return seconds
 
 
@@ -154,7 +197,7 @@ def _products(work: Workload, plain: int, routed: int) -> float:
     if work.checkpointing == "full":
         again = work.n_layers * (work.layer_products - d * ffn)  # the last product's result is not wanted
     elif work.checkpointing == "selective":
-        again = work.n_layers * d * (d + ffn) + (plain if work.selects else plain + routed) * d * kv
+        again = work.n_layers * d * (d + ffn) + (plain if work.selects and not work.window else plain + routed) * d * kv
     return work.tokens_at_once * (product_operations(work) + 2 * again)
 
 
@@ -198,5 +241,7 @@ def _optimizer(work: Workload) -> float:
 
 
 def _host(work: Workload, rates: Rates) -> float:
+    if work.cuda_graph:
+        return 0.0  # The optimizer's launches are left, less than the shortest step that was measured.
     layers = HOST_LAYER * work.n_layers + HOST_LIGHTHOUSE * work.lighthouse_layers
     return rates.launch * (HOST_STEP + layers) * work.times_per_step

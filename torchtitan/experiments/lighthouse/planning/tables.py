@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torchtitan.experiments.lighthouse.data.tokenizer import build_tokenizer
@@ -11,7 +12,7 @@ from torchtitan.experiments.lighthouse.job_config import MergedConfig
 from torchtitan.experiments.lighthouse.planning import choices, memory
 from torchtitan.experiments.lighthouse.planning.choices import Choice
 from torchtitan.experiments.lighthouse.planning.rates import Rates, read_rates
-from torchtitan.experiments.lighthouse.planning.step import GPUS_PER_NODE
+from torchtitan.experiments.lighthouse.planning.step import GPUS_PER_NODE, predict
 from torchtitan.experiments.lighthouse.planning.workload import Workload
 
 #: The largest number of GPUs that any run was measured on which the predictions were compared with.
@@ -117,6 +118,28 @@ def host(work: Workload) -> list[str]:
     return [f"Host memory: {here * gib:.0f} GiB of a node, for the inputs of {work.offloaded} layers of {here} GPU(s)"]
 
 
+def pace(chosen: Choice, rates: Rates) -> list[str]:
+    """Which steps wait for the host, and what they would gain without."""
+    lines = []
+    for name, work, found in (
+        ("Stage 1", chosen.work, chosen.stage1),
+        ("Dense steps", chosen.work.dense(), chosen.dense),
+    ):
+        gpu = sum(found.parts.values())
+        if found.host <= gpu:
+            continue
+        remedy = "A larger training.local_batch_size gives the GPU more to do at once"
+        if work.gpus == 1 and not work.offloaded and work.checkpointing == "none":
+            graphed = predict(replace(work, cuda_graph=True), rates)
+            remedy = f"With training.cuda_graph=true: {graphed.tokens_per_second:,.0f} tokens/s/GPU"
+        verb = "waits" if name == "Stage 1" else "wait"
+        lines.append(
+            f"{name} {verb} for the host, which needs {1e3 * found.host:,.0f} ms for a step, the GPU "
+            f"{1e3 * gpu:,.0f} ms. {remedy}"
+        )
+    return lines
+
+
 def doubts(work: Workload, rates: Rates) -> list[str]:
     """Where the predictions go beyond what they were compared with."""
     beyond = []
@@ -132,6 +155,12 @@ def doubts(work: Workload, rates: Rates) -> list[str]:
         beyond.append(f"head dimension {work.head_dim}")
     if work.inner_attention not in ("auto", "cudnn"):
         beyond.append(f"attention by {work.inner_attention!r} (the rates are of cuDNN)")
+    if work.by_flex:
+        beyond.append("lighthouse.combine='softmax' by FlexAttention (context parallel)")
+    elif work.merges:
+        beyond.append("lighthouse.combine='softmax' in whole steps (one layer was measured)")
+    if work.cuda_graph:
+        beyond.append("the memory of training.cuda_graph")
     needed = {"link": work.gpus > 1, "window_forward": work.window, "window_backward": work.window}
     if names := [name for name in rates.assumed if needed.get(name, True)]:
         beyond.append(f"this GPU's {', '.join(names)}")

@@ -12,10 +12,12 @@ from torchtitan.experiments.lighthouse.job_config import MergedConfig, check_deg
 from torchtitan.experiments.lighthouse.model.args import LighthouseModelArgs
 from torchtitan.experiments.lighthouse.runs import stages
 from torchtitan.experiments.lighthouse.runs.settings import model_arguments
+from torchtitan.experiments.lighthouse.seams import cuda_graph
 
 from lighthouse import LighthouseConfig
 from lighthouse.config import PARENTS_PER_TILE
 from lighthouse.inner_attention import AttentionName
+from lighthouse.parts import HEAD_DIMS
 
 Checkpointing = Literal["none", "selective", "full"]
 
@@ -56,6 +58,8 @@ class Workload:
     """Whether the gathered weights stay for the backward and the next step."""
     inner_attention: AttentionName = "auto"
     """Whose kernels attend; the rates are of cuDNN's."""
+    cuda_graph: bool = False
+    """Whether forward and backward are one CUDA graph."""
 
     @property
     def parameters(self) -> int:
@@ -94,6 +98,16 @@ class Workload:
     @property
     def selects(self) -> bool:
         return bool(self.lighthouse_layers) and self.geometry.selection != "none"
+
+    @property
+    def merges(self) -> bool:
+        """Whether levels and local window are one softmax."""
+        return self.selects and self.geometry.combine == "softmax"
+
+    @property
+    def by_flex(self) -> bool:
+        """Whether this softmax is FlexAttention's, and not cuDNN's and Flash's (``lighthouse.merging``)."""
+        return self.merges and (self.context_parallel > 1 or self.head_dim not in HEAD_DIMS)
 
     @property
     def times_per_step(self) -> int:
@@ -140,6 +154,7 @@ def workload(settings: MergedConfig, gpus: int) -> Workload:
         check_degrees(settings.parallelism, gpus)
         args = model_arguments(settings)
     check_offload(settings, args.n_layers)
+    cuda_graph.check(settings, gpus, None)
     return _workload(args, settings, gpus)
 
 
@@ -176,6 +191,7 @@ def _workload(args: LighthouseModelArgs, settings: MergedConfig, gpus: int) -> W
         # On one GPU there is nothing to gather again.
         keeps_weights=gpus == 1 or parallelism.fsdp_reshard_after_forward == "never",
         inner_attention=args.inner_attention,
+        cuda_graph=settings.training.cuda_graph,
     )
 
 
@@ -196,7 +212,6 @@ def _refuse_unknown(settings: MergedConfig) -> None:
         # Its states are computed in float32 by plain torch; nobody has measured it on a GPU.
         scorer = settings.lighthouse.scorer
         known["lighthouse.scorer"] = (scorer, "norm" if scorer == "gla" else scorer)
-        known["lighthouse.combine"] = (settings.lighthouse.combine, "sum")
         known["lighthouse.backend"] = (settings.lighthouse.backend.replace("triton", "auto"), "auto")
     for name, (value, only) in known.items():
         if value != only:
