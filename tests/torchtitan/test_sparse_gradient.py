@@ -1,5 +1,7 @@
 """``training.sparse_loss_gradient``: what is left out of the gradient of the loss, and that it is little."""
 
+import math
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -62,34 +64,28 @@ def test_columns_without_probability_change_nothing(dtype):
         assert error <= 1.5 * allowed + 16 * eps
 
 
-def test_what_is_left_out_is_within_the_bound(monkeypatch):
-    """In float64, with bfloat16's rounding for u: what differs is what was left out, and nearly all that may be."""
+@pytest.mark.parametrize("unused", [0.9, 1.5, 3])
+def test_what_is_left_out_is_within_the_bound(unused, monkeypatch):
+    """In float64, with bfloat16's rounding u: so much of u is the probability of the unused blocks in the row where it
+    is largest. What differs is what was left out, and is nearly all that may be. Of 3u it would be too little."""
     u = 2.0**-8
-    monkeypatch.setattr(sparse_gradient, "log_threshold", lambda vocabulary, _: sparse_gradient_log(u, vocabulary))
+    monkeypatch.setattr(sparse_gradient, "rounding", lambda dtype: u)
     projection, hidden, labels = inputs(torch.float64, unused_logit=-200)
-    counts = labels != IGNORE_INDEX
-    least = projection(hidden)[counts].logsumexp(-1).min().item()  # of the row that is nearest to the threshold
-    for below, left_out in ((0.9, True), (1.1, False)):
-        with torch.no_grad():
-            projection.weight[USED:, 0] = least + torch.tensor(below * u / VOCABULARY).log()
-        sparse = SparseGradient()
-        (loss, rows, columns), (want, *gradients) = (
-            loss_and_gradients(projection, hidden, labels, way) for way in (sparse, None)
-        )
-        torch.testing.assert_close(loss, want, rtol=1e-12, atol=0)
-        rows, columns = rows - gradients[0], columns - gradients[1]
-        if not left_out:
-            assert sparse.share() == 1 and not rows.any() and not columns.any()
-            continue
-        assert sparse.share() < 0.15
-        longest, counted = projection.weight.norm(dim=1).max(), hidden[counts]
-        assert u / 2 * longest < rows.norm(dim=-1).max() < u * longest
-        most = len(counted) * u / VOCABULARY * counted.norm(dim=1).max()
-        assert 0 < columns.norm(dim=-1).max() < most
-
-
-def sparse_gradient_log(u, vocabulary):
-    return torch.tensor(u / vocabulary, dtype=torch.float64).log().item()
+    counts, columns = labels != IGNORE_INDEX, VOCABULARY // BLOCK * BLOCK - 3 * BLOCK
+    least = projection(hidden)[counts].logsumexp(-1).min().item()
+    with torch.no_grad():
+        projection.weight[USED:, 0] = least + math.log(unused * u / columns)
+    sparse = SparseGradient()
+    ours, theirs = (loss_and_gradients(projection, hidden, labels, way) for way in (sparse, None))
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-12, atol=0)
+    of_hidden, of_weight = (got - want for got, want in zip(ours[1:], theirs[1:], strict=True))
+    if unused == 3:
+        assert sparse.share() == 1 and not of_hidden.any() and not of_weight.any()
+        return
+    assert sparse.share() < 0.55
+    longest, counted = projection.weight.norm(dim=1).max(), hidden[counts]
+    assert 0.75 * u * longest < of_hidden.norm(dim=-1).max() < u * longest
+    assert 0 < of_weight.norm(dim=-1).sum() < len(counted) * u * counted.norm(dim=1).max()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -4,21 +4,20 @@ The gradient of a row's loss in its logits is its probabilities, less 1 at the l
 vocabulary, nearly all of it is almost zero: a byte tokenizer has 258 tokens, Llama 3's vocabulary 128,256 columns. Two
 of the three products of the output layer are spent on those zeros.
 
-Here the logits of a chunk of rows are read once, in blocks of ``BLOCK`` columns. A block is left out of the chunk's
-gradient if it holds no label, and if in no row a column of it is more probable than
+Here the logits of a chunk of rows are read once, in blocks of ``BLOCK`` columns. For each block there is the row in
+which it is most probable. Blocks without a label are left out of the chunk's gradient, the least probable first, as
+long as these largest probabilities add up to no more than u, the rounding of the logits' dtype: 2^-8 for bfloat16.
 
-    u / V,
+So what is left out of a row sums to at most u, as much as the rounding of its probabilities may amount to. The gradient
+of a row in its hidden state changes by at most u max|w|, over the rows w of the weight, and that of the weight by at
+most T u max|h| in all columns together, over T hidden states h. Rows labelled ``IGNORE_INDEX`` do not count. The loss
+itself leaves nothing out.
 
-with V columns and u the rounding of the logits' dtype, 2^-8 for bfloat16. What is left out of a row then sums to at
-most u, as much as the rounding of its probabilities may amount to. So the gradient of a row in its hidden state changes
-by at most u max|w|, over the rows w of the weight, and that of the weight of a column by at most T u/V max|h|, over T
-hidden states h. Rows labelled ``IGNORE_INDEX`` do not count. The loss itself leaves nothing out.
-
-The threshold is below 1/V, the probability of a column that nothing was learned about. So new weights count as a whole,
-and every column is pushed down until it is negligible. A fixed threshold does not do that: 2^-12, which Cut
-Cross-Entropy filters gradients with (arXiv 2411.09009), is above 1/128,256, and columns that the data never uses would
-keep the probability that they begin with. What is left out never pushes a column further down: all those columns
-together may keep up to u of a row's probability, which is 0.004 nats of loss in bfloat16.
+The limit is on the sum. A limit on each column alone does not suffice: 2^-12, for example, with which Cut Cross-Entropy
+filters gradients (arXiv 2411.09009), is above 1/128,256, the probability of every column of new weights. Columns that
+the data never uses would never be pushed down. Here new weights count as a whole, and unused columns are pushed down
+until they are negligible together. No further: they may keep up to u of a row's probability, which is 0.004 nats of
+loss in bfloat16.
 """
 
 from __future__ import annotations
@@ -63,14 +62,15 @@ class SparseGradient:
         """
         loss, log_total, largest = self._measure(logits, labels)
         vocabulary, blocks = logits.shape[1], len(largest)
-        active = int((largest > log_threshold(vocabulary, logits.dtype)).sum())
+        sizes, order = largest.sort(stable=True)
+        active = blocks - int((sizes.logcumsumexp(0) <= math.log(rounding(logits.dtype))).sum())
         self._all += vocabulary
         if active > blocks // 2:
             self._taken += vocabulary
             return None
         # Powers of two, so that there are few shapes. Filled up with the most probable ones of the others.
         size = min(2 ** max(active - 1, 0).bit_length(), blocks // 2)
-        taken = largest.sort(descending=True, stable=True).indices[:size]
+        taken = order[blocks - size :]
         columns = torch.arange(blocks * BLOCK, vocabulary, device=logits.device)
         columns = torch.cat([(taken[:, None] * BLOCK + torch.arange(BLOCK, device=logits.device)).flatten(), columns])
         self._taken += len(columns)
@@ -83,9 +83,9 @@ class SparseGradient:
         return share
 
 
-def log_threshold(vocabulary: int, dtype: torch.dtype) -> float:
-    """The logarithm of the probability up to which a column is negligible: of u / V."""
-    return math.log(torch.finfo(dtype).eps / 2) - math.log(vocabulary)
+def rounding(dtype: torch.dtype) -> float:
+    """By how much rounding to this dtype changes a number, at most, as a share of it."""
+    return torch.finfo(dtype).eps / 2
 
 
 def measure(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,22 +96,21 @@ def measure(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         labels: [R] int64.
 
     Returns:
-        The summed cross-entropy; each row's log-sum-exp, [R]; and for each whole block of columns the largest
-        log-probability in the rows that count, 0 where it holds a label of theirs, [V // BLOCK]. All in float32
-        (float64 for float64 logits).
+        The summed cross-entropy; each row's log-sum-exp, [R]; and for each whole block of columns the logarithm of its
+        probability in the row that counts where this is largest, 0 where it holds a label, [V // BLOCK]. All in
+        float32 (float64 for float64 logits).
     """
     wide, counts = logits.to(torch.promote_types(logits.dtype, torch.float32)), labels != IGNORE_INDEX
     whole = logits.shape[1] // BLOCK * BLOCK
-    blocks = wide[:, :whole].unflatten(1, (-1, BLOCK))
-    log_total = blocks.logsumexp(-1).logsumexp(-1)
+    blocks = wide[:, :whole].unflatten(1, (-1, BLOCK)).logsumexp(-1)
+    log_total = blocks.logsumexp(-1)
     if whole < logits.shape[1]:
         log_total = torch.logaddexp(log_total, wide[:, whole:].logsumexp(-1))
     label = labels.clamp(min=0)
     loss = (log_total - wide.gather(1, label[:, None])[:, 0]).where(counts, 0).sum()
-    largest = blocks.amax(-1) - log_total[:, None]
-    holds_label = torch.arange(largest.shape[1], device=logits.device) == (label // BLOCK)[:, None]
-    largest = largest.where(~holds_label, 0).where(counts[:, None], -torch.inf)
-    return loss, log_total, largest.amax(0)
+    holds_label = torch.arange(blocks.shape[1], device=logits.device) == (label // BLOCK)[:, None]
+    probability = (blocks - log_total[:, None]).where(~holds_label, 0).where(counts[:, None], -torch.inf)
+    return loss, log_total, probability.amax(0)
 
 
 def gradient_in(logits: Tensor, labels: Tensor, log_total: Tensor, columns: Tensor) -> Tensor:
