@@ -325,42 +325,42 @@ class TestFlex:
             for got, want in zip(compiled(*rows, window), parts.attend_plainly(*rows, window), strict=True):
                 torch.testing.assert_close(got, want)
 
-    @pytest.mark.parametrize("starts_every", [0, 1, 2])
-    def test_it_equals_plain_attention_in_chunks(self, starts_every):
+    @pytest.mark.parametrize("case", ["all follow", "all start", "every second starts", "from chunks"])
+    def test_it_equals_plain_attention_in_chunks(self, case):
         """On a GPU with gradients, through the log-sum-exps too; a CPU has no compiled backward."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        rows, before = (
-            [x.to(device) for x in qkv(n, heads=4, groups=2, head_dim=32, batch=4, dtype=torch.float32)]
-            for n in (300, 128)
-        )
-        held = [x.to(device) for x in qkv(1200, heads=4, groups=2, head_dim=32, dtype=torch.float32)]
-        held[0] = held[0][:, :, :600]
-        calls = [
-            (
-                flex.attend,
-                parts.attend_plainly,
-                (*rows, *before[1:]),
-                lambda q, k, v, *a: (q, k, v, 128, a, starts_every),
-            ),
-            (flex.attend_from_chunks, parts.attend_plainly_from_chunks, held, lambda q, k, v: (q, k, v, (1, 2))),
-        ]
-        for fused, plain, tensors, arguments in calls:
-            compiled = torch.compile(fused, fullgraph=True, **({} if device == "cuda" else {"backend": "aot_eager"}))
-            leaves = [x.double().requires_grad_() for x in tensors]
-            expected = plain(*arguments(*leaves))
-            with torch.set_grad_enabled(device == "cuda"):
-                ours = [x.detach().requires_grad_(device == "cuda") for x in tensors]
-                got = compiled(*arguments(*ours))
-            # TF32 is off: sums of up to 1,200 products in float32.
-            close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
-            for one, want in zip(got, expected, strict=True):
+        if case == "from chunks":
+            fused, plain = flex.attend_from_chunks, parts.attend_plainly_from_chunks
+            tensors = qkv(1200, heads=4, groups=2, head_dim=32, dtype=torch.float32)
+            tensors[0] = tensors[0][:, :, :600]
+        else:
+            fused, plain = flex.attend, parts.attend_plainly
+            rows, before = (qkv(n, heads=4, groups=2, head_dim=32, batch=4, dtype=torch.float32) for n in (300, 128))
+            tensors = [*rows, *before[1:]]
+
+        def call(attend, tensors):
+            if case == "from chunks":
+                return attend(*tensors, (1, 2))
+            starts_every = {"all follow": 0, "all start": 1, "every second starts": 2}[case]
+            return attend(*tensors[:3], 128, tensors[3:], starts_every)
+
+        exact = [x.double().to(device).requires_grad_() for x in tensors]
+        expected = call(plain, exact)
+        ours = [x.to(device).requires_grad_(device == "cuda") for x in tensors]
+        backend = "inductor" if device == "cuda" else "aot_eager"
+        got = call(torch.compile(fused, fullgraph=True, backend=backend), ours)
+        # Sums of up to 1,200 products in float32.
+        close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+        for one, want in zip(got, expected, strict=True):
+            close(one.double(), want)
+        if device == "cuda":
+            weights = [torch.cos(torch.arange(x.numel(), device=device).view_as(x)) for x in expected]
+            grads = (
+                torch.autograd.grad([(x * w).sum() for x, w in zip(out, weights, strict=True)], inputs)
+                for out, inputs in ((got, ours), (expected, exact))
+            )
+            for one, want in zip(*grads, strict=True):
                 close(one.double(), want)
-            if device == "cuda":
-                weights = [torch.cos(torch.arange(x.numel(), device=device).view_as(x)) for x in expected]
-                of_ours = torch.autograd.grad([(x * w).sum() for x, w in zip(got, weights, strict=True)], ours)
-                wanted = torch.autograd.grad([(x * w).sum() for x, w in zip(expected, weights, strict=True)], leaves)
-                for one, want in zip(of_ours, wanted, strict=True):
-                    close(one.double(), want)
 
 
 def test_plain_attention_has_the_gradients_of_its_definition():
