@@ -130,7 +130,40 @@ def test_every_file_of_settings_is_planned(config, capsys):
     plan.main(arguments)
     printed = capsys.readouterr().out
     assert any(line.startswith("→") and line.endswith(" fits") for line in printed.splitlines())
-    assert ("lighthouse.combine='softmax'" in printed) == ('combine = "softmax"' in file.read_text())
+    softmax = tomllib.loads(file.read_text())["lighthouse"].get("combine") == "softmax"
+    assert ("lighthouse.combine='softmax'" in printed) == softmax
+
+
+def test_a_chain_that_begins_with_short_sequences(tmp_path, capsys):
+    """The recommended recipe as README has it: its first command runs what was planned, and all hours add up."""
+    file, readme = tmp_path / "mine.toml", (REPOSITORY / "README.md").read_text()
+    config = str(REPOSITORY / "train_configs/530m_recommended.toml")
+    arguments = ["--model", config, "--gpus", "8", "--gpu", "h100", "--short"]
+    plan.main([*arguments, "8192:4000", "--toml", str(file)])
+    printed = capsys.readouterr().out
+    first, stage1, stage2 = (
+        next(line for line in printed.splitlines() if line.startswith(f"{name}: ")).split(": ", 1)[1]
+        for name in ("Dense at 8,192", "Stage 1", "Stage 2")
+    )
+    words = first.split("--job.config_file ")[1].split()
+    settings = CheckedConfigManager().parse_args(["--job.config_file", *words])
+    work = workload(settings, 8)
+    assert not work.lighthouse_layers and settings.training.steps == 4000
+    assert (work.seq_len, work.sequences_at_once, work.sequences_per_step) == (8192, 12, 384)
+    sizes = "--training.seq_len 8192 --training.local_batch_size 12 --training.global_batch_size 384"
+    assert sizes in first and sizes in readme
+    assert "--attention lighthouse --seq-len 98304 --total-steps 14000" in stage1 and "8192" not in stage1
+    assert stage1.split()[2] + "_lighthouse_98304" == stage2.split()[2]
+    names = re.compile("dense at|Stage 1  |Stage 2, |all stages")
+    rows = [re.split("  +", line) for line in printed.splitlines() if names.match(line)]
+    steps, hours = ([float(cells[n].replace(",", "")) for cells in rows] for n in (1, -1))
+    assert steps == [4000, 10000, 2000, 16000] and hours[-1] == pytest.approx(sum(hours[:-1]), abs=0.2)
+    message = refusal([*arguments, "9000:4000"], capsys)
+    assert "--short 9000" in message and "nearest valid value: 8192" in message
+    assert "nearest valid value: 8192:13999" in refusal([*arguments, "8192:14000"], capsys)
+    with pytest.raises(SystemExit):
+        plan.main([*arguments, "8192"])
+    assert "must be two positive whole numbers, such as 8192:4000" in capsys.readouterr().err
 
 
 def test_a_step_that_waits_for_the_host_names_the_graph(capsys):

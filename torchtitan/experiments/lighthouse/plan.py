@@ -3,6 +3,7 @@
     python scripts/plan.py --model 530m --seq-len 98304 --gpus 8 --gpu h200 --tokens 50e9
     python scripts/plan.py --model my/config.json --seq-len 131072 --gpus 2 --top-k 2048 --toml my_run.toml
     python scripts/plan.py --model train_configs/530m_cp.toml --gpus 8 -- --lighthouse.local_window=512
+    python scripts/plan.py --model train_configs/530m_recommended.toml --gpus 8 --gpu h100 --short 8192:4000
     python scripts/plan.py --measure my_gpu.json          # the rates of the GPU at hand, in about a minute
     torchrun --nproc_per_node 8 -m torchtitan.experiments.lighthouse.plan --measure my_gpu.json    # and of the link
     python scripts/plan.py --rates my_gpu.json --model 32m --seq-len 65536 --tokens 1e9
@@ -110,16 +111,24 @@ def plan(options: argparse.Namespace) -> list[str]:
         raise Refused("lighthouse.enable=false: plan compares with dense itself; nearest valid value: true")
     steps = round(tokens / work.tokens_per_step)
     stage1 = round(steps * split[0] / sum(split))
+    short_len, short = options.short or (None, 0)
     if not 0 < stage1 < steps:
         raise Refused(
             f"--tokens {tokens:g}: must be enough for a step of {work.tokens_per_step:,} tokens in each stage of the "
             f"split {split[0]:g}:{split[1]:g}; nearest valid value: "
             f"{round(work.tokens_per_step * sum(split) / min(split)):,}"
         )
+    if short >= stage1:
+        raise Refused(
+            f"--short {short_len}:{short}: must end before Stage 1, whose last step is {stage1:,}; nearest valid "
+            f"value: {short_len}:{stage1 - 1}"
+        )
     work = replace(work, keeps_weights=_keeps_weights(sections, work, rates))
+    before = None if short_len is None else (short_len, short * work.tokens_per_step)
+    long = (steps - short) * work.tokens_per_step
     found = [
         choice
-        for choice in choices.choices(work, rates, steps * work.tokens_per_step, (stage1, steps - stage1))
+        for choice in choices.choices(work, rates, long, (stage1 - short, steps - stage1), before)
         if options.checkpointing in (None, choice.work.checkpointing)
         and options.context_parallel in (None, choice.work.context_parallel)
     ]
@@ -131,7 +140,7 @@ def plan(options: argparse.Namespace) -> list[str]:
         "",
         *tables.ways(found, chosen, rates),
         "",
-        *tables.stages(chosen, stage1, steps),
+        *tables.stages(chosen, stage1, steps, short),
         "",
         tables.checkpoints(chosen, options.disk, minutes),
         *tables.host(chosen.work),
@@ -147,7 +156,7 @@ def plan(options: argparse.Namespace) -> list[str]:
     check_tokenizer(settings)
     comment = ["Drafted by plan. The learning rate is a guess: plan does not predict it.", "", *lines]
     draft.write(sections, options.overrides, comment, options.toml)
-    return [*lines, "", *tables.start(options.toml, settings, options.gpus)]
+    return [*lines, "", *tables.start(options.toml, settings, chosen, short)]
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -252,6 +261,17 @@ def _split(text: str) -> tuple[float, float]:
     return first, second
 
 
+def _short(text: str) -> tuple[int, int]:
+    """8192:4000"""
+    try:
+        length, steps = map(int, text.split(":"))
+    except ValueError:
+        length = steps = 0
+    if length < 1 or steps < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be two positive whole numbers, such as 8192:4000")
+    return length, steps
+
+
 def _parse(arguments: list[str]) -> argparse.Namespace:
     # As launch.split_overrides, whose import would bring torch.
     at = arguments.index("--") if "--" in arguments else len(arguments)
@@ -266,6 +286,12 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--memory", type=float, help="GiB of each GPU (default: the GPU's)")
     parser.add_argument("--tokens", type=float, help="of all stages together (default: the file's, or 20 a parameter)")
     parser.add_argument("--split", type=_split, help="tokens of Stage 1 : Stage 2 (default: the file's, or 10:6)")
+    parser.add_argument(
+        "--short",
+        type=_short,
+        metavar="TOKENS:STEPS",
+        help="before Stage 1: dense steps on sequences of so many tokens",
+    )
     parser.add_argument(
         "--sequences", type=int, help="of a step (default: the file's, or as many as make 16,000 steps)"
     )

@@ -27,11 +27,13 @@ class Choice:
     dense: Prediction
     """Of Stage 2, and of a model that is dense from the start."""
     hours: float
-    """Of both stages together."""
+    """Of all stages together."""
+    short: tuple[Workload, Prediction] | None = None
+    """Of the dense steps on short sequences that come before Stage 1."""
 
     @property
     def memory_gib(self) -> float:
-        return max(self.stage1.memory_gib, self.dense.memory_gib)
+        return max(self.stage1.memory_gib, self.dense.memory_gib, self.short[1].memory_gib if self.short else 0.0)
 
     def fits(self, rates: Rates) -> bool:
         return memory.fits(self.memory_gib, rates.memory_gib)
@@ -64,12 +66,44 @@ def checkpointing_modes(work: Workload) -> Sequence[Checkpointing]:
     return CHECKPOINTING[:1] if work.cuda_graph and work.checkpointing == "none" else CHECKPOINTING
 
 
-def choices(work: Workload, rates: Rates, tokens: float, split: tuple[float, float] = SPLIT) -> list[Choice]:
+def on_short_sequences(work: Workload, seq_len: int) -> Workload:
+    """Dense steps of as many tokens on shorter sequences, each on one GPU, which holds no more tokens at once.
+
+    Raises:
+        Refused: for a length that no number of sequences fills such a step with.
+    """
+
+    def fills(length: int) -> bool:
+        return work.tokens_per_step % (length * work.gpus) == 0
+
+    if not 0 < seq_len < work.seq_len or not fills(seq_len):
+        nearest = min(filter(fills, range(1, work.seq_len)), key=lambda length: abs(length - seq_len))
+        raise Refused(
+            f"--short {seq_len}: sequences must be shorter than {work.seq_len:,}, and a step of "
+            f"{work.tokens_per_step:,} tokens on {work.gpus} GPU(s) a whole number of them; nearest valid value: "
+            f"{nearest}"
+        )
+    sequences = work.tokens_per_step // seq_len
+    most = max(1, work.tokens_at_once // seq_len)
+    at_once = max(size for size in range(1, most + 1) if sequences % (size * work.gpus) == 0)
+    return replace(
+        work.dense(), seq_len=seq_len, sequences_at_once=at_once, sequences_per_step=sequences, context_parallel=1
+    )
+
+
+def choices(
+    work: Workload,
+    rates: Rates,
+    tokens: float,
+    split: tuple[float, float] = SPLIT,
+    short: tuple[int, float] | None = None,
+) -> list[Choice]:
     """All that are valid, fastest first.
 
     Args:
         tokens: of both stages together.
         split: how they are shared between Stage 1 and Stage 2.
+        short: the length of sequences in dense steps before them, and their tokens.
     """
     found = []
     for degree in context_parallel_degrees(work):
@@ -80,7 +114,12 @@ def choices(work: Workload, rates: Rates, tokens: float, split: tuple[float, flo
             hours = sum(
                 stage.hours(share * tokens, work.gpus) for stage, share in zip((stage1, dense), shares, strict=True)
             )
-            found.append(Choice(one, stage1, dense, hours))
+            before = None
+            if short is not None:
+                shorter = on_short_sequences(one, short[0])
+                before = shorter, predict(shorter, rates)
+                hours += before[1].hours(short[1], work.gpus)
+            found.append(Choice(one, stage1, dense, hours, before))
     return sorted(found, key=lambda choice: choice.hours)
 
 

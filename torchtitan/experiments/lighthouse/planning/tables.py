@@ -69,11 +69,18 @@ def ways(found: Sequence[Choice], chosen: Choice, rates: Rates) -> list[str]:
     ]
 
 
-def stages(chosen: Choice, stage1: int, steps: int) -> list[str]:
+def stages(chosen: Choice, stage1: int, steps: int, short: int = 0) -> list[str]:
+    """Steps, hours and memory of each stage.
+
+    Args:
+        stage1: the step at which Stage 1 ends, of all ``steps``.
+        short: the step at which it begins.
+    """
     work = chosen.work
     rows = [("", "steps", "tokens", "GiB", "tokens/s/GPU", "s/step", "hours")]
     whole = [
-        ("Stage 1", stage1, chosen.stage1),
+        *([(f"dense at {chosen.short[0].seq_len:,}", short, chosen.short[1])] if chosen.short else []),
+        ("Stage 1", stage1 - short, chosen.stage1),
         ("Stage 2, dense", steps - stage1, chosen.dense),
         ("all dense", steps, chosen.dense),
     ]
@@ -90,8 +97,9 @@ def stages(chosen: Choice, stage1: int, steps: int) -> list[str]:
                 f"{predicted.hours(tokens, work.gpus):,.1f}",
             )
         )
-    both = ("both stages", f"{steps:,}", _short(steps * work.tokens_per_step), "", "", "", f"{chosen.hours:,.1f}")
-    rows.insert(3, both)
+    name = "all stages" if chosen.short else "both stages"
+    both = (name, f"{steps:,}", _short(steps * work.tokens_per_step), "", "", "", f"{chosen.hours:,.1f}")
+    rows.insert(-1, both)
     return aligned(rows)
 
 
@@ -167,20 +175,35 @@ def doubts(work: Workload, rates: Rates) -> list[str]:
     return [f"Not measured, so less sure: {', '.join(beyond)} (docs/plan.md)"] if beyond else []
 
 
-def start(file: Path, settings: MergedConfig, gpus: int) -> list[str]:
-    """What to do with the settings that were written."""
+def start(file: Path, settings: MergedConfig, chosen: Choice, short: int = 0) -> list[str]:
+    """What to do with the settings that were written; ``short`` as in ``stages``."""
+    gpus = chosen.work.gpus
     launch = (
         f"torchrun --standalone --nproc_per_node {gpus} -m torchtitan.experiments.lighthouse.train --job.config_file "
         if gpus <= GPUS_PER_NODE
         else f"sbatch --nodes {gpus // GPUS_PER_NODE} scripts/multinode.slurm "
     )
     tokens, rows = build_tokenizer(settings).get_vocab_size(), settings.llama.vocab_size
+    folder = settings.job.dump_folder
+    commands = [f"Stage 1: {launch}{file}", f"Stage 2: python scripts/resume_dense.py {folder}"]
+    if chosen.short:
+        shorter, split = chosen.short[0], chosen.work.context_parallel
+        degree = "--parallelism.context_parallel_degree"
+        alone, together = (f" {degree} 1", f" {degree} {split}") if split > 1 else ("", "")
+        commands = [
+            f"Dense at {shorter.seq_len:,}: {launch}{file} --job.dump_folder {folder}_short --lighthouse.no-enable "
+            f"--training.seq_len {shorter.seq_len} --training.local_batch_size {shorter.sequences_at_once} "
+            f"--training.global_batch_size {shorter.sequences_per_step} --training.steps {short}{alone}",
+            f"Layers: python scripts/look_back.py {folder}_short",
+            f"Stage 1: python scripts/resume_dense.py {folder}_short --attention lighthouse --seq-len "
+            f"{chosen.work.seq_len} --total-steps {settings.training.steps} -- --lighthouse.layers LAYERS{together}",
+            f"Stage 2: python scripts/resume_dense.py {folder}_short_lighthouse_{chosen.work.seq_len}",
+        ]
     return [
         f"Settings of Stage 1: {file}",
         f"Data: {settings.training.dataset}; tokenizer: {settings.model.hf_assets_path}, {tokens:,} tokens for the "
         f"{rows:,} rows of the model",
-        f"Stage 1: {launch}{file}",
-        f"Stage 2: python scripts/resume_dense.py {settings.job.dump_folder}",
+        *commands,
     ]
 
 
