@@ -179,7 +179,7 @@ def test_fsdp_trains_validates_and_resumes(tmp_path):
     same = {"activation_checkpoint__offload_layers": "4", "training__sparse_loss_gradient": None}
     said = train(parts, 2, training__steps="4", **settings, **same).stdout
     assert "Not as in the checkpoint: training.sparse_loss_gradient False → True" in said
-    assert [r["gradient_columns"] for r in metrics(parts) if "gradient_columns" in r] == [1, 1]
+    assert [r["gradient_share"] for r in metrics(parts) if "gradient_share" in r] == [1, 1]
     assert losses(whole) == losses(parts) and len(losses(whole)) == 4
     assert losses(whole)[4] < losses(whole)[1]
     validated = [record for record in metrics(whole) if "validation_loss" in record]

@@ -249,8 +249,8 @@ class Training(upstream.Training):
 
     sparse_loss_gradient: bool = False
     """
-    Leave out of the loss's gradient the columns of the vocabulary that are negligible in a whole chunk of rows: their
-    probabilities add up to no more than the rounding of one. For vocabularies of which the data uses a small part
+    Leave out of the loss's gradient the columns of the vocabulary that are negligible: their probabilities add up to no
+    more than the rounding of one. For vocabularies of which the data uses a small part
     """
 
     max_bad_records: int = 0

@@ -68,8 +68,7 @@ def linear_cross_entropy(
         weight: [V, dim], of the same dtype.
         labels: [T] int64; positions labelled ``IGNORE_INDEX`` count for nothing.
         of_chunk: ``loss_and_gradient``, as it stands or compiled.
-        sparse: leaves the negligible columns of a chunk out of its gradient, where there are many; None: leaves out
-            nothing.
+        sparse: leaves out of a chunk's gradient what is negligible, where this is much; None: leaves out nothing.
 
     Returns:
         A scalar, float32 (float64 for float64 inputs).
@@ -112,18 +111,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], rows):
             chunk = slice(start, start + rows)
             logits = F.linear(hidden[chunk], weight)
-            if with_grad and sparse is not None and (part := sparse.of_chunk(logits, labels[chunk])) is not None:
-                loss, grad, columns = part
-                del logits, part
-                torch.mm(grad, weight[columns], out=hidden_grad[chunk])
-                weight_grad.index_add_(0, columns, (grad.T @ hidden[chunk]).to(precise))
-            else:
-                loss, grad = of_chunk(logits, labels[chunk])
+            part = sparse.of_chunk(logits, labels[chunk]) if with_grad and sparse is not None else None
+            if part is not None:
                 del logits
-                if with_grad:
-                    torch.mm(grad, weight, out=hidden_grad[chunk])
-                    weight_grad += grad.T @ hidden[chunk]
+                part.backward(hidden[chunk], weight, hidden_grad[chunk], weight_grad)
+                total += part.loss
+                continue
+            loss, grad = of_chunk(logits, labels[chunk])
+            del logits
             total += loss
+            if with_grad:
+                torch.mm(grad, weight, out=hidden_grad[chunk])
+                weight_grad += grad.T @ hidden[chunk]
             del grad
         if with_grad:
             ctx.save_for_backward(hidden_grad, weight_grad)

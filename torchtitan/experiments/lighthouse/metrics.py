@@ -41,7 +41,7 @@ _TRAIN_FIELDS = {
     "dense_steps": "dense_steps",
     "bad_records": "bad_records",
     "short_documents": "short_documents",
-    "gradient_columns": "gradient_columns",
+    "gradient_share": "gradient_share",
 }
 _VALIDATION_FIELDS = {
     "validation_metrics/loss": "validation_loss",
@@ -64,8 +64,8 @@ class JsonlLogger(BaseLogger):
     how many ``dense_steps`` there were since the last line: tokens_per_second is that of all steps since then, and
     mfu_percent counts the mean operations of a step. Where ``training.max_bad_records`` is set, it says how many
     ``bad_records`` were skipped in this pass over the files, and where ``training.min_document_chars`` is set, how many
-    ``short_documents`` were dropped. Where ``training.sparse_loss_gradient`` is set, ``gradient_columns`` is the share
-    of the vocabulary's columns that had a gradient since the last line, on the rank that logs.
+    ``short_documents`` were dropped. Where ``training.sparse_loss_gradient`` is set, ``gradient_share`` is how
+    much of the loss's gradient in the logits was computed since the last line, on the rank that logs.
     """
 
     def __init__(self, path: Path, stage: str) -> None:
@@ -165,8 +165,8 @@ class LighthouseMetricsProcessor(MetricsProcessor):
     bytes_per_token: Callable[[], float] | None = None
     #: Before a step is logged; the trainer sets it. Upstream has just read the step's loss, so the device has it all.
     before_log: Callable[[], None] = staticmethod(lambda: None)
-    #: Share of the vocabulary's columns that had a gradient; the trainer sets it where columns may be left out.
-    gradient_columns: Callable[[], float] | None = None
+    #: How much of the loss's gradient was computed since the last call; the trainer sets it where some may be left out.
+    gradient_share: Callable[[], float] | None = None
     _logs = True
 
     def __init__(self, job_config: MergedConfig, parallel_dims: ParallelDims, tag: str | None = None) -> None:
@@ -210,8 +210,8 @@ class LighthouseMetricsProcessor(MetricsProcessor):
             extra_metrics["bad_records"] = self.bad_records
         if training.min_document_chars:
             extra_metrics["short_documents"] = self.short_documents
-        if self.gradient_columns is not None:
-            extra_metrics["gradient_columns"] = self.gradient_columns()
+        if self.gradient_share is not None:
+            extra_metrics["gradient_share"] = self.gradient_share()
         with step_line(self._progress.after(step, time.monotonic()), self._logs):
             super().log(step, global_avg_loss, global_max_loss, grad_norm, extra_metrics)
         self.dense_steps = 0

@@ -203,7 +203,7 @@ class LighthouseTrainer(seam.HookedTrainer):
         processor.before_log = lambda: self._refuse_nonfinite(self._unchecked)
         if self.job_config.training.sparse_loss_gradient:
             sparse = cast(LighthouseTransformer, self.model_parts[-1]).output.sparse
-            processor.gradient_columns = cast(SparseGradient, sparse).share
+            processor.gradient_share = cast(SparseGradient, sparse).share
         if isinstance(self.dataloader, StreamLoader):
             # Upstream's count is that of one rank, and there may be another number of ranks now.
             if self.dataloader.resumed:
