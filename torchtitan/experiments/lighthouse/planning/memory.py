@@ -40,8 +40,11 @@ def peak_gib(work: Workload) -> float:
 
 
 def _held_by_graphs(work: Workload) -> int:
-    """Beside the gradients of one graph: their sums over several batches, and those of the graph of dense steps."""
-    more = (work.times_per_step > 1) + (work.dense_every > 0)
+    """The gradients of a graph and of one for dense steps, and their sums over several batches, beside the parameters'.
+
+    The first is the difference that was measured (benchmarks/reports/2026-11-27-step.md).
+    """
+    more = 1 + (work.times_per_step > 1) + (work.dense_every > 0)
     return work.cuda_graph * more * SINGLE * work.parameters
 
 

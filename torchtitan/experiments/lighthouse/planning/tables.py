@@ -168,7 +168,7 @@ def doubts(work: Workload, rates: Rates) -> list[str]:
     elif work.merges:
         beyond.append("lighthouse.combine='softmax' in whole steps (one layer was measured)")
     if work.cuda_graph:
-        beyond.append("the memory of training.cuda_graph")
+        beyond.append("training.cuda_graph (one model was measured)")
     needed = {"link": work.gpus > 1, "window_forward": work.window, "window_backward": work.window}
     if names := [name for name in rates.assumed if needed.get(name, True)]:
         beyond.append(f"this GPU's {', '.join(names)}")
