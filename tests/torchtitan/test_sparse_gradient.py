@@ -68,16 +68,16 @@ def test_columns_without_probability_change_nothing(dtype):
 def test_what_is_left_out_is_within_the_bound(unused, monkeypatch):
     """In float64, with bfloat16's rounding u: so much of u is the probability of the unused blocks in nearly all rows.
     Of 0.4 everything is left out, of 0.7 most, and of 3 it would be too little. Some rows have more than the others,
-    and leave nothing out."""
+    and leave nothing out; they do not keep the others from it."""
     u = 2.0**-8
     monkeypatch.setattr(sparse_gradient, "rounding", lambda dtype: u)
     projection, hidden, labels = inputs(torch.float64, unused_logit=-200)
     counts, columns = labels != IGNORE_INDEX, VOCABULARY // BLOCK * BLOCK - 3 * BLOCK
     usual = projection(hidden)[counts].logsumexp(-1).mean().item() + math.log(unused * u / columns)
-    more = torch.tensor([1.6, 2.6, 4, 8]).double() / unused
+    more = torch.tensor([1.6, 40, 2.6, 80] * 2).double() / unused
     with torch.no_grad():
         projection.weight[USED:, 0] = usual
-        hidden[1, ::90, 0] += more.log() / usual
+        hidden[1, ::45, 0] += more.log() / usual
     sparse = SparseGradient()
     ours, theirs = (loss_and_gradients(projection, hidden, labels, way) for way in (sparse, None))
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-12, atol=0)
@@ -85,11 +85,11 @@ def test_what_is_left_out_is_within_the_bound(unused, monkeypatch):
     if unused == 3:
         assert sparse.share() == 1 and not of_hidden.any() and not of_weight.any()
         return
-    assert sparse.share() < (0.3 if unused < 0.5 else 0.6)
+    assert sparse.share() < (0.25 if unused < 0.5 else 0.6)
     longest, counted, changes = projection.weight.norm(dim=1).max(), hidden[counts], of_hidden[counts].norm(dim=-1)
-    assert changes.max() < u * longest and 0.3 * u * longest < changes.mean() < 0.5 * u * longest
-    assert of_hidden[1, ::90].norm(dim=-1).max() < (1e-9 if unused < 0.5 else u) * longest
-    assert 0 < of_weight.norm(dim=-1).sum() < len(counted) * u / 2 * counted.norm(dim=1).max()
+    assert changes.max() < u * longest and 0.3 * u * longest < changes.mean() < 0.6 * u * longest
+    assert of_hidden[1, ::45].norm(dim=-1).max() < (1e-9 if unused < 0.5 else u) * longest
+    assert 0 < of_weight.norm(dim=-1).sum() < len(counted) * u * counted.norm(dim=1).max()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -7,16 +7,17 @@ of the three products of the output layer are spent on those zeros.
 Here the logits of a chunk of rows are read once, in blocks of ``BLOCK`` columns. Blocks without a label are left out of
 the chunk's gradient, the least probable first, as long as they have no more than u/2 of the probability, on average
 over the rows. u is the rounding of the logits' dtype, 2^-8 for bfloat16. Rows in which they have more than u, usually
-a few in a hundred, leave nothing out. Rows labelled ``IGNORE_INDEX`` do not count.
+a few in a hundred, leave nothing out; so that these do not decide for all, no row counts for more than u in the average
+over all blocks without a label. Rows labelled ``IGNORE_INDEX`` do not count at all.
 
 So what is left out of a row sums to at most u, as much as the rounding of its probabilities may amount to. The gradient
 of a row in its hidden state changes by at most u max|w|, over the rows w of the weight, and that of the weight by at
-most T u/2 max|h| in all columns together, over T hidden states h. The loss itself leaves nothing out.
+most T u max|h| in all columns together, over T hidden states h. The loss itself leaves nothing out.
 
 The limit is on the sum. A limit on each column alone does not suffice: 2^-12, for example, with which Cut Cross-Entropy
 filters gradients (arXiv 2411.09009), is above 1/128,256, the probability of every column of new weights. Columns that
 the data never uses would never be pushed down. Here new weights count as a whole, and unused columns are pushed down
-until they are negligible together. They may keep up to u/2 of the probability, 0.002 nats of loss in bfloat16.
+until they are negligible together. They may keep up to u of a row's probability, 0.004 nats of loss in bfloat16.
 """
 
 from __future__ import annotations
@@ -83,9 +84,9 @@ class SparseGradient:
             None where this is more than half of the gradient: then it is for the caller to compute it whole.
         """
         (num_rows, vocabulary), device = logits.shape, logits.device
-        loss, log_total, probability, total = self._measure(logits, labels)
-        blocks, limit = len(total), rounding(logits.dtype)
-        counted = (labels != IGNORE_INDEX).sum()
+        limit = rounding(logits.dtype)
+        loss, log_total, probability, total = self._measure(logits, labels, limit)
+        blocks, counted = len(total), (labels != IGNORE_INDEX).sum()
         ascending, order = total.sort(stable=True)
         # The sums of the least ones, as logarithms: those of numbers have no deterministic kernel.
         left_out = ascending.log().logcumsumexp(0) <= (limit / 2 * counted).log()
@@ -121,17 +122,18 @@ def rounding(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
 
-def measure(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def measure(logits: Tensor, labels: Tensor, limit: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One pass over the logits.
 
     Args:
         logits: [R, V].
         labels: [R] int64.
+        limit: of what a row counts for.
 
     Returns:
         The summed cross-entropy; each row's log-sum-exp, [R]; its probability in each whole block of columns, 0 where
-        it does not count, [R, V // BLOCK]; and the sum of these over the rows, R where a block holds a label,
-        [V // BLOCK]. All in float32 (float64 for float64 logits).
+        it does not count, [R, V // BLOCK]; and the sum over the rows, [V // BLOCK]: R where a block holds a label, and
+        elsewhere of no row more than ``limit`` in all blocks together. All in float32 (float64 for float64 logits).
     """
     wide, counts = logits.to(torch.promote_types(logits.dtype, torch.float32)), labels != IGNORE_INDEX
     whole = logits.shape[1] // BLOCK * BLOCK
@@ -144,7 +146,9 @@ def measure(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
     probability = (blocks - log_total[:, None]).exp().where(counts[:, None], 0)
     holds_label = torch.arange(blocks.shape[1], device=logits.device) == (label // BLOCK)[:, None]
     holds_label = (holds_label & counts[:, None]).any(0)
-    return loss, log_total, probability, probability.sum(0).where(~holds_label, float(len(labels)))
+    unlabelled = probability.where(~holds_label, 0)
+    counted_for = (limit / unlabelled.sum(1, keepdim=True).clamp(min=limit)) * unlabelled
+    return loss, log_total, probability, counted_for.sum(0).where(~holds_label, float(len(labels)))
 
 
 def gradient_in(logits: Tensor, labels: Tensor, log_total: Tensor, columns: Tensor) -> Tensor:
