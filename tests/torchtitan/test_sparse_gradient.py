@@ -145,6 +145,25 @@ def test_compiled_once_for_any_number_of_columns():
     assert counters["stats"]["unique_graphs"] == 2
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_compiled_and_deterministic_on_a_gpu(monkeypatch):
+    """In bfloat16 what the plain form computes, up to rounding, and twice the same bits."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    projection, hidden, labels = (x.cuda() for x in inputs(torch.bfloat16, unused_logit=-200))
+    hidden[0, 70:80, 0] = 0  # These rows are computed whole.
+    sparse = SparseGradient("inductor")
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = (loss_and_gradients(projection, hidden, labels, sparse) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert sparse.share() < 0.25
+    for got, again, want in zip(first, second, loss_and_gradients(projection, hidden, labels), strict=True):
+        assert torch.equal(got, again)
+        assert (got.double() - want.double()).norm() <= 2**-7 * want.double().norm()
+
+
 def test_without_gradients_nothing_is_left_out_or_waited_for():
     projection, hidden, labels = inputs(torch.float32, unused_logit=-200)
     projection.sparse = None
