@@ -504,7 +504,9 @@ def test_the_trainer_holds_stage_2_to_the_same_contract(copy, monkeypatch):
 
     def check(*overrides: str) -> None:
         settings = parse("debug.toml", *origin, f"--job.dump_folder={copy}_dense", *overrides)
-        LighthouseTrainer.check_before_build(SimpleNamespace(job_config=settings, _checkpoint_folder=lambda: "absent"))
+        trainer = SimpleNamespace(job_config=settings, recorder=LighthouseTrainer.recorder)
+        trainer._checkpoint_folder = lambda: "absent"
+        LighthouseTrainer.check_before_build(trainer)
 
     check()
     with pytest.raises(Refused, match=r"model\.flavor 'debug' → 'debug_gqa'"):
