@@ -58,9 +58,7 @@ def rows_before(attention: nn.Module, query: Tensor, key: Tensor) -> tuple[Tenso
     norms = norms_of(attention)
     if norms is None:
         return None
-    rows = [
-        _as_heads(norm.__dict__.pop("rows_before", None), like) for norm, like in zip(norms, (query, key), strict=True)
-    ]
+    rows = [_as_heads(_taken_from(norm), like) for norm, like in zip(norms, (query, key), strict=True)]
     if rows[0] is None or rows[1] is None:
         if not torch.compiler.is_compiling():
             _warn_once(type(attention).__name__)
@@ -77,6 +75,14 @@ def _keep(attention: nn.Module, norm: nn.Module, inputs: tuple[Any, ...]) -> Non
     wants: Callable[[nn.Module], bool] | None = getattr(implementation, "scores_before_norm", None)
     if wants is not None and wants(attention):
         norm.rows_before = inputs[0].detach()
+
+
+def _taken_from(norm: nn.Module) -> Tensor | None:
+    """The rows, which the norm no longer holds then. By what torch 2.11 compiles too: it knows no ``__dict__.pop``."""
+    rows: Tensor | None = getattr(norm, "rows_before", None)
+    if rows is not None:
+        del norm.rows_before
+    return rows
 
 
 def _as_heads(rows: Tensor | None, like: Tensor) -> Tensor | None:

@@ -408,7 +408,9 @@ def test_compiled_checkpointing_keeps_what_it_is_told(selective, combine, window
     and the selection, as ``WORTH_SAVING`` says, and nothing N-sized beside the input. With ``softmax`` the rows of the
     short attention and their log-sum-exps, too."""
     config, seq_len = make(512, 3, 2, 128, backend="triton", local_window=window, combine=combine)
-    project = torch.nn.Linear(16, 16, bias=False, device=DEVICE)
+    # On a GPU cuDNN and Flash, whose rows are kept, take no float32.
+    made = {"device": DEVICE, "dtype": torch.bfloat16 if DEVICE == "cuda" else torch.float32}
+    project = torch.nn.Linear(16, 16, bias=False, **made)
 
     def layer(x):
         heads = project(x).unflatten(-1, (2, 8)).transpose(1, 2)
@@ -421,15 +423,22 @@ def test_compiled_checkpointing_keeps_what_it_is_told(selective, combine, window
     compiled = torch.compile(
         lambda x: checkpoint(layer, x, use_reentrant=False, **contexts), backend="aot_eager", fullgraph=True
     )
-    x = torch.randn(1, seq_len, 16, device=DEVICE, requires_grad=True)
+    x = torch.randn(1, seq_len, 16, **made, requires_grad=True)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
         out = compiled(x)
     # Beside it the weight, and the generator's state that SDPA's dropout would need.
     columns = 3 * 16 + (16 + 2 if combine == "softmax" else 0)
-    gathered = columns * config.selected_length(seq_len) if selective else 0
+    gathered = columns * config.selected_length(seq_len)
+    least, most = (gathered, gathered) if selective else (0, 0)
+    if window and torch.__version__ < "2.12":
+        # Compiling an autograd.Function, it forgets what is to be computed again: as if selectively, and with softmax
+        # three log-sum-exps of each position.
+        most = gathered + (3 * 2 * seq_len if combine == "softmax" else 0)
     floats = sum(t.numel() for t in kept if t.is_floating_point())
-    assert gathered <= floats <= x.numel() + 2 * project.weight.numel() + gathered
+    assert least <= floats <= x.numel() + 2 * project.weight.numel() + most
     (ours,) = torch.autograd.grad(out.sum(), x)
     (plain,) = torch.autograd.grad(layer(x).sum(), x)
-    torch.testing.assert_close(ours, plain)
+    # bfloat16 rounds each of some ten steps by up to 2^-9, and cuDNN adds up in any order.
+    close = {"rtol": 0.0, "atol": 0.02 * plain.abs().max().item()} if DEVICE == "cuda" else {}
+    torch.testing.assert_close(ours, plain, **close)
