@@ -97,7 +97,9 @@ def draw(experiments: list[Experiment], window: int, path: Path) -> None:
         panels["loss"].xaxis.set_major_formatter(EngFormatter(sep=" "))
     panels["loss"].set_xlabel("step" if len(per_step) == 1 else "tokens")
     panels["time"].set_xlabel(f"{unit}, with start-up, validation and saving")
-    panels["time"].legend(frameon=False, loc="upper right")
+    # Below the panels: within one it would lie on a curve, or on the words at a switch.
+    handles, labels = panels["time"].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=4)
     if compared:
         panels["gap"].axhline(0, color=GREYS[0], linewidth=1, linestyle=DASHES)
         panels["gap"].set_xlabel("step")
