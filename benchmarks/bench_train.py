@@ -36,6 +36,7 @@ LOG_FREQ = 4
 
 NO_CHECKPOINTING = ("--activation_checkpoint.mode=none",)
 FULL_CHECKPOINTING = ("--activation_checkpoint.mode=full",)
+MEMORY_BUDGET = ("--activation_checkpoint.mode=memory_budget", "--activation_checkpoint.memory_budget=0.9")
 
 MILLION = (
     "--training.seq_len=1048576",
@@ -71,6 +72,7 @@ RUNS: dict[str, Run] = {
     "98k dense": ("530m_dense.toml", NO_CHECKPOINTING),
     "98k": ("530m_stage1.toml", NO_CHECKPOINTING),
     "98k full checkpointing": ("530m_stage1.toml", FULL_CHECKPOINTING),
+    "98k memory budget": ("530m_stage1.toml", MEMORY_BUDGET),
     "98k selective checkpointing": ("530m_stage1.toml", ()),
     "98k recommended": ("530m_recommended.toml", ()),
     "98k dilated": ("530m_stage1.toml", (*NO_CHECKPOINTING, "--lighthouse.scorer=dilated", "--lighthouse.dilation=4")),

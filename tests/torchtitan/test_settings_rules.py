@@ -52,6 +52,13 @@ def test_a_schedule_shorter_than_its_run():
     assert "lr_scheduler.total_steps=5" in message and "nearest valid value: 75" in message
 
 
+@pytest.mark.parametrize("words", [("--compile.no-enable",), ("--compile.enable", "--compile.components", "loss")])
+def test_a_memory_budget_is_the_compilers(words):
+    message = refused("--activation_checkpoint.mode=memory_budget", *words)
+    assert "mode='memory_budget'" in message and "nearest valid value: 'selective'" in message
+    check_settings(parse("debug.toml", "--activation_checkpoint.mode=memory_budget", "--compile.enable"))
+
+
 @pytest.mark.parametrize(
     ("line", "changed", "rule"),
     [

@@ -8,7 +8,12 @@ from compare_plan import read_runs
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.experiments.lighthouse.errors import Refused
 from torchtitan.experiments.lighthouse.planning import measure, memory, rates, step, tables
-from torchtitan.experiments.lighthouse.planning.workload import count_parameters, workload
+from torchtitan.experiments.lighthouse.planning.workload import (
+    CHECKPOINTING,
+    MEMORY_BUDGET,
+    count_parameters,
+    workload,
+)
 from torchtitan.experiments.lighthouse.runs.settings import build_model, model_arguments
 from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
 
@@ -18,6 +23,7 @@ from lighthouse.backend import load_kernels
 REPORTS = REPOSITORY / "benchmarks/reports"
 ONE_STEP_AT_ONCE = "--training.global_batch_size=-1"
 WINDOW = "--lighthouse.local_window=512"
+BUDGET = "memory_budget"
 SOFTMAX = ("--lighthouse.selection=causal", "--lighthouse.local_window=128", "--lighthouse.combine=softmax")
 
 
@@ -52,7 +58,8 @@ def test_predictions_against_measured_layers():
     ("mode", "words"),
     [
         ("none", ("--llama.n_layers=2", "--lighthouse.layers=1")),
-        *((mode, ("--llama.n_layers=1", "--lighthouse.layers=0", *SOFTMAX)) for mode in ("none", "selective")),
+        (BUDGET, ("--llama.n_layers=2", "--lighthouse.layers=1")),
+        *((mode, ("--llama.n_layers=1", "--lighthouse.layers=0", *SOFTMAX)) for mode in ("none", BUDGET, "selective")),
     ],
 )
 def test_a_layer_keeps_what_the_compiler_keeps(mode, words):
@@ -62,6 +69,7 @@ def test_a_layer_keeps_what_the_compiler_keeps(mode, words):
     small = (
         *("--llama.dim=128", "--llama.n_heads=2", "--llama.n_kv_heads=1", "--llama.ffn_dim=192"),
         *("--llama.vocab_size=320", f"--training.seq_len={seq_len}", f"--activation_checkpoint.mode={mode}"),
+        f"--activation_checkpoint.memory_budget={MEMORY_BUDGET}",
         *("--lighthouse.num_levels=2", "--lighthouse.pooling_factor=2", "--lighthouse.top_k=128"),
         *(ONE_STEP_AT_ONCE, *words),
     )
@@ -70,7 +78,7 @@ def test_a_layer_keeps_what_the_compiler_keeps(mode, words):
     model = build_model(settings, "cpu").bfloat16()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter)
-    if mode != "none":
+    if mode in ("selective", "full"):
         worth_saving = {*_op_sac_save_list, *load_kernels().WORTH_SAVING}
         apply_ac(model, settings.activation_checkpoint, model_compile_enabled=True, op_sac_save_list=worth_saving)
     angles = torch.ones(seq_len, 32, dtype=torch.complex64)
@@ -87,7 +95,12 @@ def test_a_layer_keeps_what_the_compiler_keeps(mode, words):
         return tensor
 
     hidden = torch.randn(1, seq_len, work.dim, dtype=torch.bfloat16, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    budget = MEMORY_BUDGET if mode == BUDGET else 1.0
+    torch.compiler.reset()  # code that was compiled with another budget is not compiled again
+    with (
+        torch._functorch.config.patch(activation_memory_budget=budget),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
         torch.compile(layers, backend="aot_eager_decomp_partition", fullgraph=True)(1.0 * hidden)
     for constant in (*model.parameters(), angles):
         kept.pop(constant.untyped_storage()._cdata, None)
@@ -117,10 +130,10 @@ def test_more_work_takes_longer_and_more_memory():
     for more in ({"ffn_dim": 2048}, {"n_layers": 32}, {"seq_len": 131072}):
         then = step.predict(replace(work, **more), h200)
         assert then.memory_gib > now.memory_gib and then.tokens_per_second < now.tokens_per_second
-    order = [replace(work, checkpointing=mode) for mode in ("none", "selective", "full")]
+    order = [replace(work, checkpointing=mode) for mode in CHECKPOINTING]
     assert sorted(order, key=memory.peak_gib, reverse=True) == order
     assert sorted(order, key=lambda one: step.predict(one, h200).seconds) == order
-    none, _, full = (step.gpu_seconds(one, h200)["products"] for one in order)
+    none, _, _, full = (step.gpu_seconds(one, h200)["products"] for one in order)
     again = 1 - work.dim * work.ffn_dim / work.layer_products
     assert full / none == pytest.approx(1 + again / 3), "every forward product again, but the layer's last"
     # Half of the sequences of a step on each GPU: twice the speed of all, and not a bit more.
@@ -151,11 +164,12 @@ def test_a_softmax_of_levels_and_window():
     less = memory.peak_gib(plain) - memory.peak_gib(soft)
     # The layer that runs backward holds no more than its memory, and the loss comes before it.
     assert less * memory.GIB == pytest.approx(26 * 2 * 1024 * (soft.seq_len + soft.rows))
-    both = [[replace(one, checkpointing=mode) for mode in ("none", "selective", "full")] for one in (soft, plain)]
+    both = [[replace(one, checkpointing=mode) for mode in CHECKPOINTING] for one in (soft, plain)]
     by_softmax, by_sum = ([step.gpu_seconds(one, h200)["Lighthouse"] for one in modes] for modes in both)
     assert by_sum[0] < by_softmax[0] < 1.1 * by_sum[0]
     # Selective checkpointing attends to the window again in a softmax only; full does in both.
-    assert by_softmax[1] / by_softmax[0] > 1.05 > by_sum[1] / by_sum[0]
+    assert by_softmax[2] / by_softmax[0] > 1.05 > by_sum[2] / by_sum[0]
+    assert (by_softmax[1], by_sum[1]) == (by_softmax[0], by_sum[0]), "a memory budget of 0.9 attends to nothing again"
     # Four ranks: the whole model keeps 3/4 of it elsewhere, but for keys and values.
     four = replace(soft, context_parallel=4)
     assert four.by_flex and not soft.by_flex

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torchtitan.experiments.lighthouse.planning.rates import Rates
-    from torchtitan.experiments.lighthouse.planning.workload import Workload
+    from torchtitan.experiments.lighthouse.planning.workload import Checkpointing, Workload
 
 #: Of the budget where none is given: Hoffmann et al. (arXiv 2203.15556), about 20 tokens for each parameter.
 TOKENS_PER_PARAMETER = 20
@@ -198,7 +198,7 @@ def _sections(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     settings = draft.merge(sections, options.overrides)
     checkpointing = sections["activation_checkpoint"]
     if options.checkpointing is not None:
-        checkpointing["mode"] = options.checkpointing
+        checkpointing |= {"mode": options.checkpointing} | _budget_of(options.checkpointing)
     elif settings.activation_checkpoint.offload_layers and settings.activation_checkpoint.mode == "none":
         checkpointing["mode"] = "full"  # The draft's is no wish.
     if "layers" not in lighthouse:
@@ -244,10 +244,17 @@ def _decide(sections: dict[str, dict[str, Any]], work: Workload, stage1: int, st
     sections["lr_scheduler"]["warmup_steps"] = min(
         sections["lr_scheduler"].get("warmup_steps", steps), max(1, round(WARM_UP * steps))
     )
-    sections["activation_checkpoint"]["mode"] = work.checkpointing
+    sections["activation_checkpoint"] |= {"mode": work.checkpointing} | _budget_of(work.checkpointing)
     sections["parallelism"]["context_parallel_degree"] = work.context_parallel
     # By the clock; by steps, at the end alone.
     sections["checkpoint"] |= {"interval_minutes": minutes, "interval": stage1}
+
+
+def _budget_of(checkpointing: Checkpointing) -> dict[str, float]:
+    """The setting that goes with the mode ``memory_budget``."""
+    from torchtitan.experiments.lighthouse.planning.workload import MEMORY_BUDGET
+
+    return {"memory_budget": MEMORY_BUDGET} if checkpointing == "memory_budget" else {}
 
 
 def _split(text: str) -> tuple[float, float]:
@@ -295,7 +302,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--sequences", type=int, help="of a step (default: the file's, or as many as make 16,000 steps)"
     )
-    parser.add_argument("--checkpointing", choices=("none", "selective", "full"), help="only this one")
+    parser.add_argument("--checkpointing", choices=("none", "memory_budget", "selective", "full"), help="only this one")
     parser.add_argument("--context-parallel", type=int, help="only this degree")
     parser.add_argument("--disk", type=float, default=1.0, help="GB/s that checkpoints are written at")
     parser.add_argument("--toml", type=Path, help="write the settings of Stage 1 to this file")

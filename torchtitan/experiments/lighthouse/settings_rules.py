@@ -114,6 +114,12 @@ def check_settings(config: Any) -> None:
             f"lr_scheduler.total_steps={total}: must be at least training.steps={steps}, because the schedule covers "
             f"all stages; nearest valid value: {steps}"
         )
+    compiled = config.compile.enable and "model" in config.compile.components
+    if config.activation_checkpoint.mode == "memory_budget" and not compiled:
+        raise Refused(
+            "activation_checkpoint.mode='memory_budget': must not be without compilation (compile.enable, 'model' in "
+            "compile.components), because the compiler chooses what is computed again; nearest valid value: 'selective'"
+        )
 
 
 def _settings_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, Any]]:

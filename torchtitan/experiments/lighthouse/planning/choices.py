@@ -59,11 +59,13 @@ def context_parallel_degrees(work: Workload) -> Iterator[int]:
 
 def checkpointing_modes(work: Workload) -> Sequence[Checkpointing]:
     """Those that go with the other settings, from the fastest on."""
+    of_layers: tuple[Checkpointing, ...] = ("selective", "full")
     if work.offloaded:
-        return CHECKPOINTING[1:]
-    # A graph goes with the others only where they do not keep the state of the random generator. Then the settings may
-    # have one of them.
-    return CHECKPOINTING[:1] if work.cuda_graph and work.checkpointing == "none" else CHECKPOINTING
+        return of_layers
+    # A graph goes with these only where they do not keep the state of the random generator. Then the settings may have
+    # one of them.
+    without = work.cuda_graph and work.checkpointing not in of_layers
+    return [mode for mode in CHECKPOINTING if not without or mode not in of_layers]
 
 
 def on_short_sequences(work: Workload, seq_len: int) -> Workload:

@@ -110,6 +110,9 @@ def _kept(work: Workload, through: bool) -> int:
         return _input(work)
     if work.checkpointing == "none":
         return _kept_without_checkpointing(work, through)
+    if work.checkpointing == "memory_budget":
+        # Both norms are made again, and the product of the feed-forward network's two halves.
+        return _kept_without_checkpointing(work, through) - HALF * work.tokens_at_once * (2 * d + ffn)
     # Upstream keeps every second product, as far as the backward wants it: of query, value and w1 here.
     width = d + ffn
     if not through or not work.selects or work.window:
@@ -143,7 +146,7 @@ def _kept_by_attention(work: Workload, through: bool) -> int:
     if through and work.by_flex:
         # No ring: queries, their rows, and the keys and values of all ranks.
         width += 2 * (work.context_parallel - 1) * work.kv_dim
-    elif through and work.merges and work.checkpointing == "none":
+    elif through and work.merges and work.checkpointing in ("none", "memory_budget"):
         width -= work.dim  # Its backward takes others in the place of the rows that it returned.
     elif work.context_parallel > 1:
         others = work.context_parallel - (work.rotation == "alltoall")

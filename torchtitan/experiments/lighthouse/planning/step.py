@@ -127,7 +127,7 @@ def _lighthouse(work: Workload, rates: Rates) -> float:
     again = int(work.checkpointing == "full")
     # Selective checkpointing keeps what was gathered and what attention returns, and scatters again. With a softmax by
     # cuDNN and Flash it keeps nothing of the window, and merges again.
-    partly_again = int(work.checkpointing != "none")
+    partly_again = int(work.checkpointing in ("selective", "full"))
     forward, backward = _window(work, rates)
     seconds = (1 + (partly_again if work.merges and not work.by_flex else again)) * forward + backward
     if not work.selects:
@@ -180,7 +180,8 @@ def _attention_by_flex(work: Workload, rates: Rates, window: float) -> float:
     if ranks > 1:
         travel = HALF * (ranks - 1) * rows * 2 * work.kv_dim / _link(rates, ranks)
         # Checkpointing keeps nothing that was received. Gradients hide behind nothing.
-        seconds += (1 + (work.checkpointing != "none")) * max(0.0, travel - window) + travel
+        again = work.checkpointing in ("selective", "full")
+        seconds += (1 + again) * max(0.0, travel - window) + travel
         # Written to be sent, received, put in order; the same back.
         seconds += HALF * 6 * ranks * rows * 2 * work.kv_dim / (ELEMENTWISE * rates.copy)
     return seconds
@@ -205,7 +206,7 @@ def _elementwise(work: Workload) -> float:
     """Bytes that one layer's norms, rotations, activations and sums move."""
     d, kv, ffn = work.dim, work.kv_dim, work.ffn_dim
     forward, backward = 11 * d + 2 * kv + 3 * ffn, 18.5 * d + 2 * kv + 5 * ffn
-    again = forward - 3 * d if work.checkpointing != "none" else 0
+    again = {"none": 0, "memory_budget": 4 * d + 3 * ffn}.get(work.checkpointing, forward - 3 * d)
     return HALF * work.tokens_at_once * (forward + backward + again)
 
 

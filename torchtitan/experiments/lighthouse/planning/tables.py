@@ -155,8 +155,10 @@ def doubts(work: Workload, rates: Rates) -> list[str]:
         beyond.append(f"context parallel above {MEASURED_GPUS}")
     if work.gpus > MEASURED_GPUS:
         beyond.append(f"more than {MEASURED_GPUS} GPUs")
-    if work.offloaded:
-        beyond.append("offloaded layers (their copies are taken to cost no time)")
+    if work.offloaded and work.gpus > 1:
+        beyond.append("offloaded layers on several GPUs (their copies are taken to cost no time)")
+    if work.checkpointing == "memory_budget":
+        beyond.append("activation_checkpoint.mode='memory_budget'")
     if work.gpus > GPUS_PER_NODE:
         beyond.append("several nodes")
     if work.head_dim != MEASURED_HEAD_DIM:
@@ -165,8 +167,6 @@ def doubts(work: Workload, rates: Rates) -> list[str]:
         beyond.append(f"attention by {work.inner_attention!r} (the rates are of cuDNN)")
     if work.by_flex:
         beyond.append("lighthouse.combine='softmax' by FlexAttention (context parallel)")
-    elif work.merges:
-        beyond.append("lighthouse.combine='softmax' in whole steps (one layer was measured)")
     if work.cuda_graph:
         beyond.append("training.cuda_graph (one model was measured)")
     needed = {"link": work.gpus > 1, "window_forward": work.window, "window_backward": work.window}

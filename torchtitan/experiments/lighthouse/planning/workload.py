@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from torchtitan.experiments.lighthouse.errors import Refused, as_refusal
 from torchtitan.experiments.lighthouse.infra.offload import check_offload
@@ -19,10 +19,14 @@ from lighthouse.config import PARENTS_PER_TILE
 from lighthouse.inner_attention import AttentionName
 from lighthouse.parts import HEAD_DIMS
 
-Checkpointing = Literal["none", "selective", "full"]
+Checkpointing = Literal["none", "memory_budget", "selective", "full"]
 
 #: From the fastest to the one that needs the least memory.
-CHECKPOINTING: tuple[Checkpointing, ...] = ("none", "selective", "full")
+CHECKPOINTING: tuple[Checkpointing, ...] = ("none", "memory_budget", "selective", "full")
+
+#: ``activation_checkpoint.memory_budget`` of the second: torch's partitioner then computes again what costs next to
+#: nothing, the norms and the product in the feed-forward network, which are only read and written.
+MEMORY_BUDGET = 0.9
 
 
 @dataclass(frozen=True)
@@ -186,7 +190,7 @@ def _workload(args: LighthouseModelArgs, settings: MergedConfig, gpus: int) -> W
         gpus=gpus,
         context_parallel=degree,
         rotation=parallelism.context_parallel_rotate_method,
-        checkpointing=cast(Checkpointing, settings.activation_checkpoint.mode),
+        checkpointing=settings.activation_checkpoint.mode,
         offloaded=settings.activation_checkpoint.offload_layers,
         # On one GPU there is nothing to gather again.
         keeps_weights=gpus == 1 or parallelism.fsdp_reshard_after_forward == "never",
@@ -222,5 +226,10 @@ def _refuse_unknown(settings: MergedConfig) -> None:
         raise Refused(
             f"activation_checkpoint.mode={checkpointing.mode!r} (selective_ac_option="
             f"{checkpointing.selective_ac_option!r}): its time and memory are not predicted; values that are: 'none', "
-            "'selective' with 'op', 'full'"
+            f"'memory_budget' with {MEMORY_BUDGET}, 'selective' with 'op', 'full'"
+        )
+    if checkpointing.mode == "memory_budget" and checkpointing.memory_budget != MEMORY_BUDGET:
+        raise Refused(
+            f"activation_checkpoint.memory_budget={checkpointing.memory_budget}: its time and memory are not "
+            f"predicted; nearest value that is: {MEMORY_BUDGET}"
         )
