@@ -4,6 +4,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers import settings_parser
+
+settings_parser.speed_up()
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: without a GPU its kernels run on CPU tensors
     from helpers.interpreter import speed_up
