@@ -144,9 +144,9 @@ def test_gradient_accumulation_equals_a_larger_batch(baseline, tmp_path):
 
 
 def test_fsdp_trains_validates_and_resumes(tmp_path):
-    """Two ranks, with activation checkpointing, compilation, deterministic mode and dense steps: stopped and resumed,
-    now with layers offloaded, equal to the bit to a run that was not. Validation ends with the rank that has less
-    text."""
+    """Two ranks, with activation checkpointing, compilation, deterministic mode and dense steps: resumed from the save
+    of step 2, now with layers offloaded, equal to the bit to the run that went on. Validation ends with the rank that
+    has less text."""
     text = Path(json.__file__).read_text()
     (tmp_path / "validation.jsonl").write_text("".join(json.dumps({"text": text[:n]}) + "\n" for n in (2200, 1100)))
     settings = {
@@ -160,7 +160,7 @@ def test_fsdp_trains_validates_and_resumes(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     # Samples of text change nothing.
     samples = {"metrics__sample_freq": "3", "metrics__sample_prompt": "import "}
-    printed = train(whole, 2, training__steps="4", checkpoint__interval="3", **samples, **settings).stdout
+    printed = train(whole, 2, training__steps="4", checkpoint__interval="1", **samples, **settings).stdout
     # By one of the ranks; step 1 is validated too.
     assert [printed.count(f"Stage 1, step {step} of 4, ") for step in (1, 2, 3, 4)] == [2, 2, 2, 2]
     (sample,) = (r for r in map(json.loads, (whole / "metrics.jsonl").read_text().splitlines()) if "sample" in r)
@@ -174,7 +174,10 @@ def test_fsdp_trains_validates_and_resumes(tmp_path):
     assert sample["sample"] == sampling.write(model, tokenizer, prompt, torch.device("cpu"))
     assert f"Stage 1, step 3 of 4, sample: {'import ' + sample['sample']!r}\n" in printed
     assert printed.count("Stage 1 is complete") == printed.count("bits per byte (") + 1 == 1
-    train(parts, 2, training__steps="2", **settings)
+    # As if it had been stopped there: to train up to it again would compile all of it again.
+    shutil.copytree(whole / "checkpoint/step-2", parts / "checkpoint/step-2")
+    records = (whole / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (parts / "metrics.jsonl").write_text("".join(line for line in records if json.loads(line)["step"] <= 2))
     # Of new weights, no column is negligible.
     same = {"activation_checkpoint__offload_layers": "4", "training__sparse_loss_gradient": None}
     said = train(parts, 2, training__steps="4", **settings, **same).stdout

@@ -36,15 +36,21 @@ def test_a_layer_equals_one_device(world_size):
     run_ranks(Path(__file__).with_name("context_parallel_worker.py"), world_size, "float32")
 
 
-def test_a_whole_run_equals_one_device(tmp_path):
+@pytest.fixture(scope="module")
+def seed(tmp_path_factory) -> Path:
+    """First weights for every layout: on a CPU random numbers depend on it."""
+    folder = tmp_path_factory.mktemp("seed")
+    train(folder, **SPLIT, checkpoint__create_seed_checkpoint=None)
+    return folder / "checkpoint/step-0"
+
+
+def test_a_whole_run_equals_one_device(seed, tmp_path):
     """Same weights and data at 1, 2 and 4 ranks a sequence: the same losses, validation's too.
 
     Two ranks compiled, with selective checkpointing and two layers offloaded; four with the ring. The second step is
     dense.
     """
-    seed = tmp_path / "seed"  # random numbers on CPU depend on the layout, so all start from one checkpoint
-    train(seed, **SPLIT, checkpoint__create_seed_checkpoint=None)
-    common = SPLIT | VALIDATED | {"checkpoint__initial_load_path": str(seed / "checkpoint/step-0")}
+    common = SPLIT | VALIDATED | {"checkpoint__initial_load_path": str(seed)}
     common |= {"lighthouse__dense_every": "2"}
     two = common | COMPILED_ON_TWO
     four = common | {
@@ -63,12 +69,10 @@ def test_a_whole_run_equals_one_device(tmp_path):
                 assert ours["validation_loss"] == pytest.approx(theirs["validation_loss"], rel=1e-4)
 
 
-def test_a_run_with_merged_parts_equals_one_device(tmp_path):
+def test_a_run_with_merged_parts_equals_one_device(seed, tmp_path):
     """Compiled, with selective checkpointing and two layers offloaded, between dense layers that run the ring."""
     split = SPLIT | {"lighthouse__combine": "softmax", "lighthouse__top_k": "512"}
-    seed = tmp_path / "seed"
-    train(seed, **split, checkpoint__create_seed_checkpoint=None)
-    common = split | {"checkpoint__initial_load_path": str(seed / "checkpoint/step-0"), "training__steps": "2"}
+    common = split | {"checkpoint__initial_load_path": str(seed), "training__steps": "2"}
     train(tmp_path / "1", **common)
     train(tmp_path / "2", 2, **common | COMPILED_ON_TWO)
     assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-4)
