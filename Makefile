@@ -22,7 +22,7 @@ demo: install  ## the two-stage recipe in miniature, on a GPU or on the CPU, bes
 	@DENSE_STEPS=60 MINUTES="1 1 2" scripts/train_two_stage.sh train_configs/demo.toml outputs/demo
 
 test: install  ## run the test suite
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 lint: install  ## check style and types
 	$(VENV)/bin/ruff check .

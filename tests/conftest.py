@@ -15,32 +15,6 @@ if not torch.cuda.is_available():
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-#: The files that take longest, the longest first. One worker runs all tests of a file: it would run one of these alone
-#: if that were begun last.
-LONGEST = (
-    "tests/torchtitan/test_train.py",
-    "tests/faults/test_faults.py",
-    "tests/torchtitan/test_resume_dense.py",
-    "tests/torchtitan/model/test_model.py",
-    "tests/torchtitan/seams/test_context_parallel.py",
-    "tests/lighthouse/test_kernels.py",
-    "tests/lighthouse/test_attention.py",
-    "tests/docs/test_code_blocks.py",
-    "tests/docs/test_your_own_run.py",
-    "tests/torchtitan/test_sweep.py",
-    "tests/examples/test_examples.py",
-    "tests/torchtitan/test_elastic.py",
-    "tests/packaging/test_wheel.py",
-    "tests/torchtitan/test_settings_rules.py",
-    "tests/benchmarks/test_bench_transformers.py",
-)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With xdist's ``--no-loadscope-reorder`` workers take the files in this order."""
-    ranks = {REPOSITORY / name: rank for rank, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
-
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
