@@ -15,8 +15,8 @@ to the logits. (On a GPU, training's attention kernels are others, and in bfloat
 same.) There are positions · tries + 2 passes: on one H100, with 530M parameters at 98,304 tokens, 3.5 seconds each
 through Lighthouse and 14 dense. --seq-len takes fewer tokens.
 
-Prints a table and one line of conclusion. Exit status: 0 if no logit moves by more than rounding, 1 if one does, 2 if
-it could not be checked as asked.
+Prints a table, row by row as they come, and one line of conclusion. Exit status: 0 if no logit moves by more than
+rounding, 1 if one does, 2 if it could not be checked as asked.
 """
 
 from __future__ import annotations
@@ -83,9 +83,14 @@ def check_and_write(options: argparse.Namespace) -> bool:
     # Dense attention too is checked at the borders that the run's settings have.
     spots = causality.choose_spots(seq_len, options.positions, settings.lighthouse.attention_config(), options.seed)
     text, *others = (tokens.to(device) for tokens in texts)
-    result = causality.check(model, text, others, spots)
-
-    print(f"{checkpoint}, {attention}, {seq_len:,} tokens: {tokens_of}\n{causality.table(result, attention)}")
+    print(f"{checkpoint}, {attention}, {seq_len:,} tokens: {tokens_of}\n{causality.TABLE_HEAD}", flush=True)
+    result = causality.check(
+        model,
+        text,
+        others,
+        spots,
+        lambda found, rounding: print(causality.table_row(found, rounding, attention), flush=True),
+    )
     print(causality.conclusion(result))
     if options.output is not None:
         report = {

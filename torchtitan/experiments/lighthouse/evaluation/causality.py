@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -100,7 +100,13 @@ def random_texts(vocab_size: int, seq_len: int, count: int, seed: int) -> list[T
 
 
 @torch.inference_mode()
-def check(model: LighthouseTransformer, text: Tensor, others: Sequence[Tensor], spots: Iterable[Spot]) -> Result:
+def check(
+    model: LighthouseTransformer,
+    text: Tensor,
+    others: Sequence[Tensor],
+    spots: Iterable[Spot],
+    found: Callable[[Finding, float], None] = lambda finding, rounding: None,
+) -> Result:
     """Replace every token of ``text`` after each spot by those of each of ``others``; look at the logits up to it.
 
     Every forward pass has the shape of the first one, and so the same kernels in the same order: a row that does not
@@ -108,6 +114,7 @@ def check(model: LighthouseTransformer, text: Tensor, others: Sequence[Tensor], 
 
     Args:
         text: [1, N] int64, on the model's device; the others too.
+        found: called with each finding as soon as it is there, and how far rounding alone may move a logit.
 
     Raises:
         Refused: if the logits are not finite, or differ by more than rounding when nothing was replaced.
@@ -129,6 +136,7 @@ def check(model: LighthouseTransformer, text: Tensor, others: Sequence[Tensor], 
             here, positions = largest_move(model, before[:, up_to], after[:, up_to])
             largest, moved = max(largest, here), max(moved, positions)
         findings.append(Finding(spot.t, spot.where, largest, moved))
+        found(findings[-1], rounding)
     return Result(findings, len(others), repeat, rounding)
 
 
@@ -194,19 +202,19 @@ def attention_of(config: LighthouseConfig | None) -> str:
     return f"Lighthouse, {config.selection}{window}{merged}"
 
 
-def table(result: Result, attention: str) -> str:
-    """The findings as Markdown, one line a position."""
-    lines = [
-        "| attention | t | which t | largest move up to t | times rounding | positions that move | |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for found in result.findings:
-        times = found.largest / result.rounding
-        lines.append(
-            f"| {attention} | {found.t:,} | {found.where} | {found.largest:.2g} "
-            f"| {times:{',.0f' if times >= 10 else '.2g'}} | {found.moved:,} | {found.verdict(result.rounding)} |"
-        )
-    return "\n".join(lines)
+TABLE_HEAD = (
+    "| attention | t | which t | largest move up to t | times rounding | positions that move | |\n"
+    "| --- | --- | --- | --- | --- | --- | --- |"
+)
+
+
+def table_row(found: Finding, rounding: float, attention: str) -> str:
+    """One finding as a line of the Markdown table under ``TABLE_HEAD``."""
+    times = found.largest / rounding
+    return (
+        f"| {attention} | {found.t:,} | {found.where} | {found.largest:.2g} "
+        f"| {times:{',.0f' if times >= 10 else '.2g'}} | {found.moved:,} | {found.verdict(rounding)} |"
+    )
 
 
 def conclusion(result: Result) -> str:

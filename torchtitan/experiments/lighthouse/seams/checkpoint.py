@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
@@ -264,6 +265,7 @@ class HookedCheckpoints(CheckpointManager):
                 future.add_done_callback(lambda _: stager.close())
                 return future
             if async_mode == AsyncMode.ASYNC_WITH_PINNED_MEM:
+                self.stager: Any = ready_again(self.stager)
                 return state_dict_saver.async_save(
                     state,
                     storage_writer=writer,
@@ -304,6 +306,18 @@ class HookedCheckpoints(CheckpointManager):
             if line is None:
                 raise
             raise Refused(line) from failure
+
+
+def ready_again(stager: DefaultStager) -> DefaultStager:
+    """The stager, or one in its place where torch lets each be used only once.
+
+    torch 2.11 empties a stager when it has staged, and the next use fails with ``KeyError: <class 'type'>``. torch 2.13
+    does not, and such a stager keeps its pinned memory from save to save.
+    """
+    if torch.__version__ >= "2.13":
+        return stager
+    stager.close()  # its thread; what it staged lives on with the one who writes it
+    return DefaultStager(stager._config)
 
 
 def named_tensors(state: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
