@@ -50,6 +50,7 @@ MILLION = (
 OFFLOADED = "--activation_checkpoint.offload_layers=22"
 
 GRAPH = "--training.cuda_graph"
+FLASH4 = "--lighthouse.inner_attention=flash4"
 
 Run = tuple[str, tuple[str, ...]]
 
@@ -78,8 +79,9 @@ RUNS: dict[str, Run] = {
     "98k dilated": ("530m_stage1.toml", (*NO_CHECKPOINTING, "--lighthouse.scorer=dilated", "--lighthouse.dilation=4")),
     "98k plain torch": ("530m_stage1.toml", ("--lighthouse.backend=torch", *FULL_CHECKPOINTING)),
     "98k sparse gradient": ("530m_stage1.toml", (*NO_CHECKPOINTING, "--training.sparse_loss_gradient")),
+    "98k fastest": ("530m_stage1.toml", (*MEMORY_BUDGET, "--training.sparse_loss_gradient", FLASH4)),
     "98k k2048": ("530m_stage1.toml", (*NO_CHECKPOINTING, "--lighthouse.top_k=2048")),
-    "98k flash4 dense": ("530m_dense.toml", (*NO_CHECKPOINTING, "--lighthouse.inner_attention=flash4")),
+    "98k flash4 dense": ("530m_dense.toml", (*NO_CHECKPOINTING, FLASH4)),
     "32m graph dense": ("32m_32k.toml", ("--lighthouse.no-enable", GRAPH)),
     "32m dense": ("32m_32k.toml", ("--lighthouse.no-enable",)),
     "32m": ("32m_32k.toml", ()),
